@@ -1,0 +1,165 @@
+"""One answer put together from the chunks of a stream. Pure."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Mapping, Optional
+
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion
+
+__all__ = ["Answer"]
+
+
+class Answer:
+    """Collects ``chat.completion.chunk`` objects (or one whole ``chat.completion``) of choice 0.
+
+    Attributes:
+        finish_reason: None until the model has said why it ended; only then is the answer whole.
+        usage: token counts as the server sent them, or None.
+        timings: llama.cpp's ``timings``, or None.
+        progress: (processed, total) prompt tokens of llama.cpp's prefill progress, or None.
+        tokens: chunks that carried text, reasoning or a part of a tool call; about one token each.
+    """
+
+    def __init__(self) -> None:
+        self.finish_reason: Optional[str] = None
+        self.usage: Optional[dict[str, Any]] = None
+        self.timings: Optional[dict[str, Any]] = None
+        self.progress: Optional[tuple[int, int]] = None
+        self.tokens = 0
+        self._id = ""
+        self._model = ""
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._tool_calls: dict[int, dict[str, Any]] = {}
+
+    @property
+    def content(self) -> str:
+        return "".join(self._content)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._reasoning)
+
+    def add(self, chunk: Mapping[str, Any]) -> tuple[bool, str]:
+        """Takes one chunk; says whether it carried any token, and the text to show (may be empty).
+
+        Chunks of unexpected shape carry nothing. A role, an empty text or an empty delta is no token.
+        """
+        choices = chunk.get("choices")
+        if not choices:
+            self._take_totals(chunk)
+            return False, ""
+        choice = choices[0]
+        delta = choice.get("delta") or choice.get("message") or {}
+        text = delta.get("content")
+        token = False
+        if isinstance(text, str) and text:
+            self._content.append(text)
+            token = True
+        elif isinstance(text, list):  # some gateways send parts
+            text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
+            self._content.append(text)
+            token = bool(text)
+        else:
+            text = ""
+        if len(delta) > 1 or not text:
+            token = self._take_rest(delta) or token
+        reason = choice.get("finish_reason")
+        if reason:
+            self.finish_reason = str(reason)
+        if len(chunk) > 5:  # id, object, created, model, choices: anything more may be totals
+            self._take_totals(chunk)
+        if token:
+            self.tokens += 1
+        return token, text
+
+    def _take_rest(self, delta: Mapping[str, Any]) -> bool:
+        token = False
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(reasoning, str) and reasoning:
+            self._reasoning.append(reasoning)
+            token = True
+        for position, part in enumerate(delta.get("tool_calls") or ()):
+            token = self._take_tool_call(position, part) or token
+        return token
+
+    def _take_tool_call(self, position: int, part: Mapping[str, Any]) -> bool:
+        index = part.get("index")
+        index = index if isinstance(index, int) else position
+        call = self._tool_calls.setdefault(index, {"id": "", "type": "function", "name": "", "arguments": []})
+        function = part.get("function") or {}
+        call["id"] = call["id"] or part.get("id") or ""
+        name, arguments = function.get("name") or "", function.get("arguments") or ""
+        # Some servers repeat the whole name in every chunk, others split it.
+        if name and name != call["name"]:
+            call["name"] += name
+        if arguments:
+            call["arguments"].append(arguments)
+        return bool(name or arguments)
+
+    def _take_totals(self, chunk: Mapping[str, Any]) -> None:
+        self._id = self._id or str(chunk.get("id") or "")
+        self._model = str(chunk.get("model") or self._model)
+        usage, timings, progress = chunk.get("usage"), chunk.get("timings"), chunk.get("prompt_progress")
+        if isinstance(usage, Mapping):
+            self.usage = dict(usage)
+        if isinstance(timings, Mapping):
+            self.timings = dict(timings)
+        if isinstance(progress, Mapping):
+            self.progress = (int(progress.get("processed") or 0), int(progress.get("total") or 0))
+
+    def completion_usage(self, estimated_prompt: int, estimated_answer: int) -> CompletionUsage:
+        """Token counts, each estimated where the server sent none or nonsense."""
+        usage = self.usage or {}
+
+        def count(key: str, estimate: int) -> int:
+            value = usage.get(key)
+            return value if isinstance(value, int) and value >= 0 else estimate
+
+        prompt = count("prompt_tokens", estimated_prompt)
+        completion = count("completion_tokens", estimated_answer)
+        return CompletionUsage(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        )
+
+    def completion(self, model: str, usage: CompletionUsage) -> ChatCompletion:
+        """The whole answer as the type that a call without streaming returns."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content or None}
+        if self._reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self._tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call["id"] or f"call_{index}",
+                    "type": "function",
+                    "function": {"name": call["name"], "arguments": "".join(call["arguments"])},
+                }
+                for index, call in sorted(self._tool_calls.items())
+            ]
+        elif message["content"] is None:
+            message["content"] = ""
+        return ChatCompletion.model_validate(
+            {
+                "id": self._id or "local",
+                "object": "chat.completion",
+                "created": int(time.time()),
+                "model": self._model or model,
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": _known_reason(self.finish_reason),
+                        "logprobs": None,
+                        "message": message,
+                    }
+                ],
+                "usage": usage.model_dump(),
+                **({"timings": self.timings} if self.timings else {}),
+            }
+        )
+
+
+def _known_reason(reason: Optional[str]) -> str:
+    """openai's type takes only its own words; servers have more (``eos``, ``load``, ``abort``)."""
+    return reason if reason in ("stop", "length", "tool_calls", "content_filter", "function_call") else "stop"

@@ -1,0 +1,55 @@
+"""The four deadlines of one attempt, and the sentence that explains each. Pure: time is passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from metagpt_localllm.settings import Tier, Timeouts
+from metagpt_localllm.tiers import DEFAULT_TIER
+
+__all__ = ["Deadlines", "plan_deadlines"]
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long one attempt may take in each of its phases, all in seconds.
+
+    Attributes:
+        connect: until the connection stands.
+        first_token: from the request to the first token, or to the next sign of prefill progress.
+        stall: silence between two tokens.
+        total: the attempt as a whole.
+        tier: name of the tier they come from.
+        settings: path in config2.yaml of each, to be named in errors; ``total`` may be ``llm.timeout``.
+    """
+
+    connect: float
+    first_token: float
+    stall: float
+    total: float
+    tier: str
+    settings: dict[str, str]
+
+
+def plan_deadlines(timeouts: Timeouts, tier: Optional[Tier], attempt_cap: Optional[float]) -> Deadlines:
+    """The deadlines of a call in ``tier`` (None: the defaults).
+
+    Args:
+        timeouts: the defaults, ``llm.local.timeouts``.
+        tier: the tier that matched; what it sets goes before the defaults.
+        attempt_cap: ``llm.timeout`` in seconds where the user set it; lowers ``total`` and never raises it.
+    """
+    values: dict[str, float] = {}
+    settings: dict[str, str] = {}
+    for name in ("connect", "first_token", "stall", "total"):
+        own: Optional[float] = getattr(tier, name) if tier is not None else None
+        values[name] = own if own is not None else getattr(timeouts, name)
+        section = "llm.local.timeouts" if own is None or tier is None else f"llm.local.tiers[{tier.name}]"
+        settings[name] = f"{section}.{name}"
+    if attempt_cap is not None and attempt_cap < values["total"]:
+        values["total"], settings["total"] = attempt_cap, "llm.timeout"
+    # A built-in default gives way to a shorter total of the user's (settings.py refuses two written ones).
+    for name in ("connect", "first_token", "stall"):
+        values[name] = min(values[name], values["total"])
+    return Deadlines(**values, tier=tier.name if tier is not None else DEFAULT_TIER, settings=settings)

@@ -1,0 +1,137 @@
+"""Every way a call to a local model can fail, each still the ``openai`` error that MetaGPT knows.
+
+::
+
+    LocalLLMError                 (openai.APIError)
+    ├─ FirstTokenTimeout          (openai.APITimeoutError)     no token within ``first_token``
+    ├─ StreamStalled              (openai.APITimeoutError)     silence between tokens over ``stall``
+    ├─ TotalTimeout               (openai.APITimeoutError)     one attempt over ``total``, or the caller's timeout
+    ├─ ServerUnavailable          (openai.APIConnectionError)  refused, unreachable or loading for too long
+    ├─ ConnectionLost             (openai.APIConnectionError)  the connection broke before any answer
+    ├─ IncompleteStream           (openai.APIConnectionError)  the stream ended without a finish_reason
+    ├─ ServerFailed               (openai.InternalServerError) 408, 409, 425, 429, 5xx, or an error inside the stream
+    ├─ ContextOverflow            (openai.BadRequestError)     the prompt cannot be made to fit the context window
+    ├─ ModelNotFound              (openai.NotFoundError)       the server does not know the model or the path
+    ├─ AccessDenied               (openai.AuthenticationError) 401 and 403
+    └─ RequestRejected            (openai.BadRequestError)     any other 4xx
+
+The message says what happened, after how long, in which tier and attempt, how much had come, and
+which setting in config2.yaml changes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import httpx
+import openai
+
+__all__ = [
+    "AccessDenied",
+    "ConnectionLost",
+    "ContextOverflow",
+    "FirstTokenTimeout",
+    "IncompleteStream",
+    "LocalLLMError",
+    "ModelNotFound",
+    "RequestRejected",
+    "ServerFailed",
+    "ServerUnavailable",
+    "StreamStalled",
+    "TotalTimeout",
+]
+
+
+class LocalLLMError(openai.APIError):
+    """Base of all errors of this package.
+
+    Attributes:
+        partial: the text received before the failure; empty when there was none.
+        attempts: how many requests the call had sent, this one included.
+        setting: dotted path of the setting in config2.yaml that changes this outcome, or None.
+    """
+
+    partial: str
+    attempts: int
+    setting: Optional[str]
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        request: httpx.Request,
+        body: Optional[object] = None,
+        partial: str = "",
+        attempts: int = 0,
+        setting: Optional[str] = None,
+        **_: Any,
+    ) -> None:
+        # openai's own subclasses take different arguments; all end in APIError's.
+        openai.APIError.__init__(self, message, request, body=body)
+        self.partial = partial
+        self.attempts = attempts
+        self.setting = setting
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class FirstTokenTimeout(LocalLLMError, openai.APITimeoutError):
+    """No token arrived within ``first_token`` seconds (queue, model load and prefill together)."""
+
+
+class StreamStalled(LocalLLMError, openai.APITimeoutError):
+    """The stream went silent for ``stall`` seconds after at least one token."""
+
+
+class TotalTimeout(LocalLLMError, openai.APITimeoutError):
+    """One attempt took longer than ``total`` (or ``llm.timeout``), or the call longer than the caller's timeout."""
+
+
+class ServerUnavailable(LocalLLMError, openai.APIConnectionError):
+    """The server was not up, or still loading, for all of ``retry.wait_for_server`` seconds."""
+
+
+class ConnectionLost(LocalLLMError, openai.APIConnectionError):
+    """The connection was reset or closed before any part of an answer came."""
+
+
+class IncompleteStream(LocalLLMError, openai.APIConnectionError):
+    """The stream ended without a finish_reason: what came is only a part of the answer."""
+
+
+class _StatusError(LocalLLMError):
+    """An error that an HTTP response carried.
+
+    Attributes:
+        response: the response; a synthetic one where the error came inside a 200 stream.
+        status_code: its HTTP status.
+        request_id: its ``x-request-id`` header, or None.
+    """
+
+    def __init__(self, message: str, *, request: httpx.Request, response: Optional[httpx.Response] = None,
+                 body: Optional[object] = None, **kwargs: Any) -> None:  # fmt: skip
+        super().__init__(message, request=request, body=body, **kwargs)
+        self.response = response if response is not None else httpx.Response(500, request=request)
+        self.status_code = self.response.status_code
+        self.request_id = self.response.headers.get("x-request-id")
+
+
+class ServerFailed(_StatusError, openai.InternalServerError):
+    """The server answered 408, 409, 425, 429 or 5xx, or sent an error inside the stream."""
+
+
+class ContextOverflow(_StatusError, openai.BadRequestError):
+    """The prompt does not fit the context window, even trimmed."""
+
+
+class ModelNotFound(_StatusError, openai.NotFoundError):
+    """The server does not know the model, or not the path (a wrong base_url)."""
+
+
+class AccessDenied(_StatusError, openai.AuthenticationError):
+    """The server refused the API key (401, 403)."""
+
+
+class RequestRejected(_StatusError, openai.BadRequestError):
+    """The server refused the request itself (400, 413, 422 …)."""

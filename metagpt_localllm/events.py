@@ -1,0 +1,132 @@
+"""What happens to a call, as typed events for whoever wants to see it: the log, the demo, a UI.
+
+Nothing in the package prints by itself; it publishes here, and subscribers do as they like.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Callable, Optional, Union
+
+from metagpt_localllm.tiers import Caller
+
+__all__ = ["CallInfo", "Done", "Event", "Failed", "Retry", "Sent", "Trimmed", "Waiting", "publish", "subscribe"]
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """The call an event belongs to.
+
+    Attributes:
+        number: counts the calls of this process, from 1.
+        model: name of the model.
+        caller: the action and role that ask.
+        tier: name of the tier the deadlines come from.
+    """
+
+    number: int
+    model: str
+    caller: Caller
+    tier: str
+
+    @property
+    def action(self) -> str:
+        return self.caller.action
+
+    @property
+    def role(self) -> str:
+        return self.caller.profile or self.caller.role
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request went out. ``attempt`` counts from 1; ``prompt_tokens`` may be an estimate."""
+
+    call: CallInfo
+    attempt: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Retry:
+    """An attempt failed and another follows after ``delay`` seconds. ``cause`` names the error class."""
+
+    call: CallInfo
+    attempt: int
+    cause: str
+    detail: str
+    delay: float
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The server is not up, or loads: no attempt is spent. Both in seconds."""
+
+    call: CallInfo
+    cause: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """The prompt was made to fit the context window; counts in tokens."""
+
+    call: CallInfo
+    dropped_messages: int
+    shortened_messages: int
+    removed_tokens: int
+    prompt_tokens: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The answer is whole. Times in seconds; ``ttft`` is the time to first token of the last attempt."""
+
+    call: CallInfo
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    ttft: Optional[float]
+    elapsed: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The call ends without an answer."""
+
+    call: CallInfo
+    attempts: int
+    cause: str
+    detail: str
+    elapsed: float
+
+
+Event = Union[Sent, Retry, Waiting, Trimmed, Done, Failed]
+
+_subscribers: list[Callable[[Event], None]] = []
+_log = logging.getLogger(__name__)
+
+
+def subscribe(callback: Callable[[Event], None]) -> Callable[[], None]:
+    """Calls ``callback`` with every event from now on, until the returned function is called.
+
+    It runs on the event loop of the call and must not block. An exception in it harms no call.
+    """
+    _subscribers.append(callback)
+
+    def unsubscribe() -> None:
+        if callback in _subscribers:
+            _subscribers.remove(callback)
+
+    return unsubscribe
+
+
+def publish(event: Event) -> None:
+    for callback in tuple(_subscribers):
+        try:
+            callback(event)
+        except Exception:
+            _log.debug("a subscriber of metagpt_localllm.events failed", exc_info=True)

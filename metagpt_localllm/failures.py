@@ -1,0 +1,229 @@
+"""What went wrong in one attempt, and what may follow from it: the table of all failures. Pure.
+
+Sources: the servers' code and answers as observed (llama.cpp b11549, Ollama 0.33, vLLM 0.32, LM Studio's
+documentation and issues, llama-cpp-python 0.3.36, transformers 5.23, mlx-lm 0.32).
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional
+
+import httpx
+
+from metagpt_localllm import errors
+
+__all__ = ["Failure", "Kind", "from_error_body", "from_exception", "from_response"]
+
+
+class Kind(enum.Enum):
+    """What may follow a failure."""
+
+    TRANSIENT = "transient"  # try again after a backoff; spends an attempt
+    NOT_UP = "not up"  # wait until it is there; spends nothing
+    LOADING = "loading"  # likewise
+    OVERFLOW = "overflow"  # trim again and send once more
+    STRICT = "strict"  # the server refuses fields that OpenAI does not have: send without them
+    FATAL = "fatal"  # no repetition helps
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt.
+
+    Attributes:
+        kind: what may follow.
+        error: the class to raise when nothing follows.
+        what: what happened, as the beginning of a sentence.
+        remedy: what the user can do, as a sentence; "" where there is nothing to say.
+        setting: the setting in config2.yaml that changes it.
+        retry_after: seconds the server asked to wait.
+        window: context window in tokens, where the server named it.
+        prompt_tokens: size of the prompt in tokens, where the server named it.
+        response: what the server answered.
+        cause: the exception underneath.
+    """
+
+    kind: Kind
+    error: type[errors.LocalLLMError]
+    what: str
+    remedy: str = ""
+    setting: Optional[str] = None
+    retry_after: Optional[float] = None
+    window: Optional[int] = None
+    prompt_tokens: Optional[int] = None
+    response: Optional[httpx.Response] = None
+    cause: Optional[BaseException] = None
+
+
+_OVERFLOW = re.compile(
+    r"exceed_context_size_error|context_length_exceeded|exceeds the available context size|maximum context length"
+    r"|longer than the context length|tokens to keep from the initial prompt|Trying to keep the first"
+    r"|too big compared to KV size|exceed context window|reached context length",
+    re.IGNORECASE,
+)
+_WINDOW = re.compile(
+    r"n_ctx\W{1,6}(\d+)|available context size \((\d+)|maximum context length (?:is|of) (\d+)"
+    r"|context length of only (\d+)",
+    re.IGNORECASE,
+)
+_PROMPT = re.compile(
+    r"n_prompt_tokens\W{1,6}(\d+)|n_keep\W{1,6}(\d+)|prompt contains (?:at least )?(\d+) input|request \((\d+) tokens",
+    re.IGNORECASE,
+)
+_UNKNOWN_FIELD = re.compile(
+    r"unexpected field|extra (?:inputs|fields) (?:are )?not permitted|unknown field"
+    r"|(?:stream_options|return_progress)\W.{0,40}(?:not|un)\w* ?(?:support|allow|permit|known|recogni)",
+    re.IGNORECASE,
+)
+_NO_MODEL = re.compile(r"model\b.{0,80}(?:not found|does not exist|not loaded|no models? loaded)|no models loaded", re.I)
+_LOADING = re.compile(r"loading model|model is loading|unavailable_error|still loading", re.IGNORECASE)
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
+_TRANSIENT_STREAM_LIMIT = 300
+
+
+def from_response(response: httpx.Response, text: str) -> Failure:
+    """Classifies an answer whose status is not 200. ``text`` is its body."""
+    status = response.status_code
+    said = _said(text)
+    what = f"the server answered {status}" + (f": {said}" if said else "")
+    if "html" in response.headers.get("content-type", "") or text.lstrip()[:1] == "<":
+        what = f"a proxy in front of the server answered {status} with a page of HTML"
+        if status < 500 and status not in _TRANSIENT_STATUS:
+            return Failure(
+                Kind.FATAL, errors.RequestRejected, what, "Check base_url: no model server answers there.",
+                "llm.base_url", response=response,
+            )  # fmt: skip
+        remedy = "Its own time limit is shorter than the model needs: raise it there or use the server's direct URL."
+        return Failure(Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.base_url", response=response)
+    if status == 503 and _LOADING.search(text):
+        return Failure(
+            Kind.LOADING, errors.ServerUnavailable, "the server is loading the model",
+            "Give it more time to load.", "llm.local.retry.wait_for_server", response=response,
+        )  # fmt: skip
+    shared_kv_full = status >= 500 and "Context size has been exceeded" in text
+    if _OVERFLOW.search(text) and not shared_kv_full:
+        return Failure(
+            Kind.OVERFLOW, errors.ContextOverflow, what, "Load the model with a larger context.",
+            "llm.local.context.window", window=_number(_WINDOW, text), prompt_tokens=_number(_PROMPT, text),
+            response=response,
+        )  # fmt: skip
+    if status in (400, 422) and _UNKNOWN_FIELD.search(text):
+        return Failure(Kind.STRICT, errors.RequestRejected, what, response=response)
+    if status in _TRANSIENT_STATUS or status >= 500:
+        remedy = "Look at the server's own log." if status >= 500 else ""
+        return Failure(
+            Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.local.retry.attempts",
+            retry_after=_retry_after(response.headers), response=response,
+        )  # fmt: skip
+    if status in (401, 403):
+        return Failure(
+            Kind.FATAL, errors.AccessDenied, what, "Set the key that the server expects.", "llm.api_key",
+            response=response,
+        )  # fmt: skip
+    if status == 404 and not _NO_MODEL.search(text) and "model" not in said.lower():
+        path = str(response.request.url)
+        return Failure(
+            Kind.FATAL, errors.ModelNotFound, f"{what} (at {path})",
+            "There is no chat API at this address; most servers want base_url to end in /v1.", "llm.base_url",
+            response=response,
+        )  # fmt: skip
+    if status == 404 or _NO_MODEL.search(text):
+        remedy = "Load the model, or write its name as the server's own list (/v1/models) gives it."
+        return Failure(Kind.FATAL, errors.ModelNotFound, what, remedy, "llm.model", response=response)
+    return Failure(Kind.FATAL, errors.RequestRejected, what, "The request itself is at fault.", response=response)
+
+
+def from_error_body(payload: Any, request: httpx.Request) -> Failure:
+    """Classifies ``{"error": …}`` that came in a 200, inside the stream or as its whole body."""
+    error = payload.get("error") if isinstance(payload, Mapping) else payload
+    code = error.get("code") if isinstance(error, Mapping) else None
+    status = code if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600 else 500
+    text = json.dumps(payload, ensure_ascii=False, default=str)
+    failure = from_response(httpx.Response(status, request=request), text)
+    said = _said(text)
+    return Failure(
+        failure.kind, failure.error, f"the server reported an error inside the stream: {said}", failure.remedy,
+        failure.setting, failure.retry_after, failure.window, failure.prompt_tokens, failure.response,
+    )  # fmt: skip
+
+
+def from_exception(error: BaseException, base_url: str, answer_began: bool) -> Failure:
+    """Classifies what httpx raised. ``answer_began``: whether any part of an answer had come."""
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return _not_connected(error, base_url)
+    if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+        return Failure(
+            Kind.FATAL, errors.ServerUnavailable, f"{base_url} is not a usable address: {error}",
+            "It has the form http://host:port/v1.", "llm.base_url", cause=error,
+        )  # fmt: skip
+    if answer_began:
+        return Failure(
+            Kind.TRANSIENT, errors.IncompleteStream, f"the connection broke in the middle of the answer ({error})",
+            "If it recurs, look whether the server crashes (memory) in its own log.", "llm.local.retry.attempts",
+            cause=error,
+        )  # fmt: skip
+    return Failure(
+        Kind.TRANSIENT, errors.ConnectionLost, f"the connection broke before any answer ({error or type(error).__name__})",
+        "If it recurs, look whether the server crashes (memory) in its own log.", "llm.local.retry.attempts",
+        cause=error,
+    )  # fmt: skip
+
+
+def _not_connected(error: httpx.TransportError, base_url: str) -> Failure:
+    chain: list[BaseException] = []
+    link: Optional[BaseException] = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = " ".join(str(e) for e in chain)
+    if any(isinstance(e, ssl.SSLError) for e in chain) or "SSL" in text:
+        return Failure(
+            Kind.FATAL, errors.ServerUnavailable, f"no TLS connection to {base_url} ({error})",
+            "A local server usually speaks plain http://.", "llm.base_url", cause=error,
+        )  # fmt: skip
+    unknown_host = any(isinstance(e, socket.gaierror) and e.errno == socket.EAI_NONAME for e in chain)
+    if unknown_host:
+        return Failure(
+            Kind.FATAL, errors.ServerUnavailable, f"the host of {base_url} is unknown ({error})",
+            "Correct the host name.", "llm.base_url", cause=error,
+        )  # fmt: skip
+    how = "no connection within the connect deadline" if isinstance(error, httpx.ConnectTimeout) else "connection refused"
+    return Failure(
+        Kind.NOT_UP, errors.ServerUnavailable, f"no server at {base_url} ({how})",
+        "Start the server or correct its address.", "llm.local.retry.wait_for_server", cause=error,
+    )  # fmt: skip
+
+
+def _said(text: str) -> str:
+    """The server's own message out of any of the shapes in use, cut to one line."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return " ".join(text.split())[:_TRANSIENT_STREAM_LIMIT]
+    for key in ("error", "detail", "message"):
+        if isinstance(body, Mapping) and body.get(key):
+            body = body[key]
+    if isinstance(body, Mapping):
+        body = body.get("message") or body.get("type") or body
+    message = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str)
+    return " ".join(message.split())[:_TRANSIENT_STREAM_LIMIT]
+
+
+def _number(pattern: re.Pattern[str], text: str) -> Optional[int]:
+    found = pattern.search(text)
+    return int(next(group for group in found.groups() if group)) if found else None
+
+
+def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
+    """Seconds; only the numeric form, as local servers and gateways send it (RFC 9110, 10.2.3)."""
+    try:
+        seconds = float(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < float("inf") else None

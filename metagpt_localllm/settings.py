@@ -1,0 +1,267 @@
+"""The settings below ``llm.local`` in config2.yaml: what they are called, their units and defaults.
+
+This is the edge: YAML is checked here once, with the key's whole path in every complaint, and only
+frozen, typed values go further.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Dict, List, Literal, Optional, Tuple, Union
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from typing_extensions import Annotated
+
+__all__ = [
+    "Backoff",
+    "ContextSettings",
+    "LocalSettings",
+    "Match",
+    "RetrySettings",
+    "Tier",
+    "Timeouts",
+    "parse_duration",
+]
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+
+
+def parse_duration(value: object) -> float:
+    """A length of time in seconds, from a number of seconds or from text such as ``"90s"``, ``"10m"``, ``"1h30m"``.
+
+    Raises:
+        ValueError: not a duration, or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"{value!r} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if re.fullmatch(r"-?\d+(\.\d+)?", text):
+            seconds = float(text)
+        elif text and not _PART.sub("", text).strip():
+            seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+        elif text.startswith("-") and not _PART.sub("", text[1:]).strip():
+            raise ValueError(f"{value!r} is negative; a duration is never below zero")
+        else:
+            raise ValueError(f"{value!r} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
+    else:
+        seconds = float(value)
+    if seconds != seconds or seconds == float("inf"):
+        raise ValueError(f"{value!r} is not a finite duration")
+    if seconds < 0:
+        raise ValueError(f"{value!r} is negative; a duration is never below zero")
+    return seconds
+
+
+def _positive_duration(value: object) -> float:
+    seconds = parse_duration(value)
+    if seconds == 0:
+        raise ValueError("a deadline of zero would end every call at once; leave the key out for the default")
+    return seconds
+
+
+def _whole_number(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _names(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Deadline = Annotated[float, BeforeValidator(_positive_duration)]
+Count = Annotated[int, BeforeValidator(_whole_number)]
+Globs = Annotated[List[StrictStr], BeforeValidator(_names), Field(min_length=1)]
+
+
+def _complain(title: str, location: Tuple[Union[int, str], ...], message: str, value: object) -> ValidationError:
+    """A ValidationError at ``location``; pydantic puts the outer path in front of it."""
+    problem = PydanticCustomError("local_llm_setting", "{message}", {"message": message})
+    return ValidationError.from_exception_data(title, [InitErrorDetails(type=problem, loc=location, input=value)])
+
+
+class _Section(BaseModel):
+    """A block of settings that refuses keys it does not know, naming the nearest one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, value: Any) -> Any:
+        if value is None:  # an empty block in YAML
+            return {}
+        if isinstance(value, dict):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise _complain(cls.__name__, (str(key),), _unknown(str(key), cls), value[key])
+        return value
+
+
+def _unknown(key: str, section: type[_Section]) -> str:
+    here = list(section.model_fields)
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    if near:
+        return f"there is no setting '{key}' here; did you mean '{near[0]}'?"
+    homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
+    if homes:
+        return f"there is no setting '{key}' here; it belongs to '{homes[0]}'"
+    far = difflib.get_close_matches(key, [path.rsplit(".", 1)[-1] for path in _paths()], n=1, cutoff=0.7)
+    if far:
+        home = next(path for path in _paths() if path.endswith("." + far[0]))
+        return f"there is no setting '{key}' here; did you mean '{home}'?"
+    return f"there is no setting '{key}' here; known are: {', '.join(here)}"
+
+
+class Timeouts(_Section):
+    """Deadlines of one attempt, in seconds, for every tier that does not say otherwise."""
+
+    connect: Deadline = Field(5.0, description="until the TCP (and TLS) connection stands")
+    first_token: Deadline = Field(600.0, description="until the first token: queue, model load and prefill together")
+    stall: Deadline = Field(60.0, description="silence between two tokens")
+    total: Deadline = Field(7200.0, description="one attempt from the request to the end of the answer")
+
+
+class Match(_Section):
+    """When a tier applies: all given conditions must hold. Names are globs, compared without case."""
+
+    action: Optional[Globs] = Field(None, description="class names of actions, e.g. WriteCode")
+    role: Optional[Globs] = Field(None, description="profiles or class names of roles, e.g. Engineer*")
+    model: Optional[Globs] = Field(None, description="names of models")
+    min_prompt_tokens: Optional[Count] = Field(None, ge=0, description="tokens, inclusive")
+    max_prompt_tokens: Optional[Count] = Field(None, ge=0, description="tokens, inclusive")
+    tools: Optional[StrictBool] = Field(None, description="whether the call offers tools")
+
+    @model_validator(mode="after")
+    def _range(self) -> Match:
+        low, high = self.min_prompt_tokens, self.max_prompt_tokens
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_prompt_tokens ({low}) is above max_prompt_tokens ({high}): nothing can match")
+        return self
+
+
+class Tier(_Section):
+    """A kind of task with deadlines of its own, in seconds; what is left out comes from ``timeouts``."""
+
+    name: StrictStr = Field(min_length=1)
+    match: Match = Match()
+    connect: Optional[Deadline] = None
+    first_token: Optional[Deadline] = None
+    stall: Optional[Deadline] = None
+    total: Optional[Deadline] = None
+
+
+class Backoff(_Section):
+    """Pause between attempts: a random time up to ``initial`` × 2ⁿ, at most ``max``; both in seconds."""
+
+    initial: Seconds = 1.0
+    max: Seconds = 60.0
+
+    @model_validator(mode="after")
+    def _order(self) -> Backoff:
+        if self.initial > self.max:
+            raise ValueError(f"initial ({self.initial:g} s) is above max ({self.max:g} s)")
+        return self
+
+
+class RetrySettings(_Section):
+    """How often one call is tried, and how long it waits for a server that is not there."""
+
+    attempts: Count = Field(4, ge=1, description="requests per call, the first included")
+    backoff: Backoff = Backoff()
+    wait_for_server: Seconds = Field(600.0, description="seconds; refused connections and 503 while loading")
+
+
+class ContextSettings(_Section):
+    """The context window and the part of it kept free for the answer, in tokens."""
+
+    window: Union[Literal["auto"], int] = "auto"
+    reserve: Union[Literal["auto"], int] = "auto"
+
+    @field_validator("window", "reserve", mode="before")
+    @classmethod
+    def _tokens(cls, value: object) -> object:
+        if value == "auto":
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{value!r} is neither 'auto' nor a number of tokens of at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> ContextSettings:
+        if isinstance(self.window, int) and isinstance(self.reserve, int) and self.reserve >= self.window:
+            raise ValueError(f"reserve ({self.reserve}) leaves nothing of window ({self.window}) for the prompt")
+        return self
+
+
+class LocalSettings(_Section):
+    """All of ``llm.local``. Every key may be left out.
+
+    Raises:
+        pydantic.ValidationError: unknown keys, wrong types, negative or contradictory values, each
+            with the path of its key.
+    """
+
+    timeouts: Timeouts = Timeouts()
+    tiers: List[Tier] = []
+    retry: RetrySettings = RetrySettings()
+    context: ContextSettings = ContextSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_lists(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("tiers", ()) is None:
+            return {**value, "tiers": []}
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> LocalSettings:
+        _check_order("timeouts", self.timeouts, self.timeouts)
+        seen: Dict[str, int] = {}
+        for index, tier in enumerate(self.tiers):
+            if tier.name in seen:
+                message = f"'{tier.name}' is the name of tier {seen[tier.name]} already"
+                raise _complain("LocalSettings", ("tiers", index, "name"), message, tier.name)
+            seen[tier.name] = index
+            _check_order(index, tier, self.timeouts)
+        return self
+
+
+def _check_order(where: Union[int, str], block: Union[Tier, Timeouts], defaults: Timeouts) -> None:
+    """Refuses first_token or stall over total where the user wrote both; a built-in default gives way instead."""
+    location: Tuple[Union[int, str], ...] = (where,) if isinstance(where, str) else ("tiers", where)
+
+    def written(name: str) -> Optional[float]:
+        for source in (block, defaults):
+            value: Optional[float] = getattr(source, name)
+            # A value equal to the built-in default counts as not written: a dumped config loads again.
+            if name in source.model_fields_set and value not in (None, Timeouts.model_fields[name].default):
+                return value
+        return None
+
+    total = written("total")
+    for name in ("connect", "first_token", "stall"):
+        value = written(name)
+        if total is not None and value is not None and value > total:
+            inherited = "" if name in block.model_fields_set else " (from timeouts)"
+            message = f"{name}{inherited} is {value:g} s, over total ({total:g} s): it could never be reached"
+            raise _complain("LocalSettings", (*location, name), message, value)
+
+
+def _paths() -> List[str]:
+    """Dotted paths of all settings, below ``local``."""
+    sections = {
+        "local": LocalSettings,
+        "local.timeouts": Timeouts,
+        "local.tiers[]": Tier,
+        "local.tiers[].match": Match,
+        "local.retry": RetrySettings,
+        "local.retry.backoff": Backoff,
+        "local.context": ContextSettings,
+    }
+    return [f"{prefix}.{name}" for prefix, section in sections.items() for name in section.model_fields]

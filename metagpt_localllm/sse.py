@@ -1,0 +1,67 @@
+"""Server-sent events out of bytes, without I/O (WHATWG HTML, section 9.2.6).
+
+Unlike the decoders of httpx-sse and openai it tells comments: a keep-alive shows that the connection
+lives, not that the model works, and mlx-lm's and llama.cpp's pings are only comments.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+__all__ = ["MAX_EVENT_BYTES", "EventTooLarge", "SSEDecoder"]
+
+#: One event over this many bytes is no token but a fault.
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+
+
+class EventTooLarge(ValueError):
+    """One event of the stream is over MAX_EVENT_BYTES."""
+
+
+class SSEDecoder:
+    """Takes bytes in any portions, gives the data of whole events.
+
+    Attributes:
+        comments: how many comment lines have come.
+    """
+
+    def __init__(self) -> None:
+        self.comments = 0
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, portion: bytes) -> list[bytes]:
+        """The data of the events that ``portion`` completes.
+
+        Raises:
+            EventTooLarge: an event does not end.
+        """
+        buffer = self._rest + portion if self._rest else portion
+        lines = buffer.split(b"\n")
+        self._rest = lines.pop()
+        if len(self._rest) > MAX_EVENT_BYTES or sum(map(len, self._data)) > MAX_EVENT_BYTES:
+            raise EventTooLarge(f"an event of the stream is over {MAX_EVENT_BYTES:,} bytes")
+        events: list[bytes] = []
+        for line in lines:
+            event = self._line(line[:-1] if line.endswith(b"\r") else line)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def close(self) -> list[bytes]:
+        """The event left open at the end of the stream: some servers end without the blank line."""
+        events = self.feed(b"\n\n") if self._rest or self._data else []
+        return events
+
+    def _line(self, line: bytes) -> Optional[bytes]:
+        if not line:
+            if not self._data:
+                return None
+            data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+            self._data = []
+            return data
+        if line.startswith(b"data:"):
+            self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+        elif line.startswith(b":"):
+            self.comments += 1
+        return None
