@@ -121,17 +121,17 @@ class ServerFailed(_StatusError, openai.InternalServerError):
     """The server answered 408, 409, 425, 429 or 5xx, or sent an error inside the stream."""
 
 
-class ContextOverflow(_StatusError, openai.BadRequestError):
+class ContextOverflow(_StatusError, openai.BadRequestError):  # type: ignore[misc]
     """The prompt does not fit the context window, even trimmed."""
 
 
-class ModelNotFound(_StatusError, openai.NotFoundError):
+class ModelNotFound(_StatusError, openai.NotFoundError):  # type: ignore[misc]
     """The server does not know the model, or not the path (a wrong base_url)."""
 
 
-class AccessDenied(_StatusError, openai.AuthenticationError):
+class AccessDenied(_StatusError, openai.AuthenticationError):  # type: ignore[misc]
     """The server refused the API key (401, 403)."""
 
 
-class RequestRejected(_StatusError, openai.BadRequestError):
+class RequestRejected(_StatusError, openai.BadRequestError):  # type: ignore[misc]
     """The server refused the request itself (400, 413, 422 …)."""

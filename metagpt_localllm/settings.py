@@ -10,8 +10,17 @@ import difflib
 import re
 from typing import Any, Dict, List, Literal, Optional, Tuple, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
-from pydantic import field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Annotated
 
@@ -255,7 +264,7 @@ def _check_order(where: Union[int, str], block: Union[Tier, Timeouts], defaults:
 
 def _paths() -> List[str]:
     """Dotted paths of all settings, below ``local``."""
-    sections = {
+    sections: Dict[str, type[_Section]] = {
         "local": LocalSettings,
         "local.timeouts": Timeouts,
         "local.tiers[]": Tier,

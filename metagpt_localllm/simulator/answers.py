@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 
 @dataclass(frozen=True)
-class Answer:  # TODO stand-in until the package has it
+class Answer:
+    """What the model says: text, or a call of a tool, after some reasoning perhaps."""
+
     text: str = ""
     tool_name: Optional[str] = None
     tool_arguments: str = ""
     reasoning: str = ""
 
 
-__all__ = ["FILES", "answer"]
+__all__ = ["FILES", "Answer", "answer"]
 
 # --------------------------------------------------------------------------------------- the project
 
@@ -391,7 +393,7 @@ _APPROACH = (
 _SHARED = "A point is a tuple (x, y); (0, 0) is the upper left corner. `snake.py` defines the directions for all files."
 
 #: What is answered for each key that an ActionNode can ask for.
-_VALUES: Dict[str, Any] = {
+_VALUES: dict[str, Any] = {
     "Language": "en_us",
     "Programming Language": "Python",
     "Original Requirements": _REQUIREMENT,
@@ -442,7 +444,7 @@ _VALUES: Dict[str, Any] = {
 }
 
 #: Which keys are asked for together; a prompt that lost some of them in trimming gets the whole set.
-_TOGETHER: Tuple[Tuple[str, ...], ...] = (
+_TOGETHER: tuple[tuple[str, ...], ...] = (
     ("Language", "Programming Language", "Original Requirements", "Project Name", "Product Goals", "User Stories",
      "Competitive Analysis", "Competitive Quadrant Chart", "Requirement Analysis", "Requirement Pool",
      "UI Design draft", "Anything UNCLEAR"),
@@ -523,9 +525,9 @@ def _structured(prompt: _Prompt) -> Optional[str]:
     return f"[CONTENT]\n{json.dumps(values, indent=4)}\n[/CONTENT]"
 
 
-def _values(prompt: _Prompt, example: str) -> Dict[str, Any]:
+def _values(prompt: _Prompt, example: str) -> dict[str, Any]:
     """A value for each key the prompt asks for."""
-    examples: Dict[str, Any] = {}
+    examples: dict[str, Any] = {}
     try:
         loaded = json.loads(example, strict=False)
         examples = loaded if isinstance(loaded, dict) else {}
@@ -704,7 +706,7 @@ _DESIGN_MD = "\n\n".join(
     ]
 )
 
-_Command = Dict[str, Any]
+_Command = dict[str, Any]
 
 
 def _command(name: str, **arguments: Any) -> _Command:
@@ -753,7 +755,7 @@ _WORK: Mapping[str, Sequence[_Step]] = {
     ],
 }
 
-_TEAM_PLAN: Sequence[Tuple[str, str]] = (
+_TEAM_PLAN: Sequence[tuple[str, str]] = (
     ("Alice", f"Write a product requirement document to {_PRD_PATH} for: {_REQUIREMENT} in Python."),
     ("Bob", f"Read {_PRD_PATH} and write the system design of the snake game in Python to {_DESIGN_PATH}."),
     ("Alex", f"Read {_DESIGN_PATH} and write the snake game in Python into {_PROJECT}: {', '.join(FILES)}."),
@@ -773,7 +775,7 @@ def _role_zero(prompt: _Prompt) -> Optional[str]:
     return _work(prompt, profile, tasks)
 
 
-def _append_tasks(tasks: Sequence[Tuple[str, str]]) -> List[_Command]:
+def _append_tasks(tasks: Sequence[tuple[str, str]]) -> list[_Command]:
     """Commands that make a plan of (assignee, instruction), each task after the one before it."""
     return [
         _command(
@@ -787,7 +789,7 @@ def _append_tasks(tasks: Sequence[Tuple[str, str]]) -> List[_Command]:
     ]
 
 
-def _lead(prompt: _Prompt, tasks: List[Dict[str, Any]]) -> str:
+def _lead(prompt: _Prompt, tasks: list[dict[str, Any]]) -> str:
     def hand_out(index: int) -> _Command:
         who, what = _TEAM_PLAN[index]
         return _command("TeamLeader.publish_team_message", content=what, send_to=who)
@@ -816,7 +818,7 @@ def _lead(prompt: _Prompt, tasks: List[Dict[str, Any]]) -> str:
     )
 
 
-def _work(prompt: _Prompt, profile: str, tasks: List[Dict[str, Any]]) -> str:
+def _work(prompt: _Prompt, profile: str, tasks: list[dict[str, Any]]) -> str:
     steps = _WORK.get(profile)
     if steps is None:
         return _commands("There is nothing to do for me here.", _END)
@@ -874,7 +876,7 @@ def _repair_json(prompt: _Prompt) -> Optional[str]:
 
 
 #: From the most telling marker to the vaguest; the first that knows the prompt answers.
-_RULES: Tuple[Callable[[_Prompt], Optional[str]], ...] = (
+_RULES: tuple[Callable[[_Prompt], Optional[str]], ...] = (
     _repair_json, _role_zero, _classify, _language, _report, _write_new_code, _rewrite_code, _review_code, _write_code,
     _is_pass, _summarize_code, _structured, _xml, _write_plan, _think_again, _write_test, _write_analysis,
 )  # fmt: skip

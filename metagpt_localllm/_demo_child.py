@@ -1,0 +1,39 @@
+"""Runs MetaGPT's software company in a process of its own, and writes our events down as lines of JSON.
+
+Started by ``demo.py`` with HOME and METAGPT_PROJECT_ROOT in the demo's folder: MetaGPT reads its
+configuration while it is imported, and must not read the user's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import IO
+
+from metagpt_localllm import events
+
+
+def _record(file: IO[str]) -> None:
+    def write(event: events.Event) -> None:
+        line = {"event": type(event).__name__, **dataclasses.asdict(event)}
+        file.write(json.dumps(line, default=str) + "\n")
+        file.flush()
+
+    events.subscribe(write)
+
+
+def main() -> None:
+    """Arguments: the idea, the file for the events."""
+    idea, path = sys.argv[1:]
+    with open(path, "w", encoding="utf-8") as file:
+        _record(file)
+        from metagpt.software_company import generate_repo
+
+        generate_repo(
+            idea, investment=3.0, n_round=5, code_review=True, run_tests=False, implement=True, project_name="snake_game"
+        )
+
+
+if __name__ == "__main__":
+    main()

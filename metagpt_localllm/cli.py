@@ -1,0 +1,267 @@
+"""The command ``metagpt-localllm``: a demonstration, the simulated server, and a check of the installation.
+
+It must work where MetaGPT is missing or broken, to say so. Hence click rather than typer, whose old
+version pinned by MetaGPT breaks on new releases of click, and hence the imports inside of functions.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import click
+
+__all__ = ["INSTALL_METAGPT", "OVERRIDES", "main", "metagpt_problems"]
+
+#: What MetaGPT's own pins get wrong today: lancedb 0.4.0 is gone from PyPI, and its typer breaks on click 8.2.
+OVERRIDES: tuple[str, ...] = ("lancedb>=0.14", "click<8.2")
+#: The command that installs a MetaGPT that works; the README has the same words.
+INSTALL_METAGPT = "pip install uv && uv pip install --override metagpt-overrides.txt 'metagpt==0.8.2'"
+#: Versions that the tests run with.
+SUPPORTED = ("0.8.2", "1.0.0")
+
+_HOW_TO_INSTALL = (
+    f"    printf '%s\\n' {' '.join(repr(line) for line in OVERRIDES)} > metagpt-overrides.txt\n    {INSTALL_METAGPT}"
+)
+
+
+def _version(name: str) -> Optional[str]:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _show_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(f"metagpt-localllm {_version('metagpt-localllm') or '(not installed)'}")
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+              help="Show the version and exit.")  # fmt: skip
+def main() -> None:
+    """MetaGPT on slow local model servers."""
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+@main.command()
+@click.option("--provider", type=click.Choice(["local_llm", "openai"]), default="local_llm", show_default=True,
+              help="Which provider MetaGPT uses: this package's, or its own for comparison.")  # fmt: skip
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-project"),
+              show_default=True, help="Where the project is left.")  # fmt: skip
+@click.option("--scale", type=click.FloatRange(min=1), default=None,
+              help="How many times faster than a real desktop. [default: as much as makes it last a minute]")  # fmt: skip
+@click.option("--idea", default="Write a command line snake game", show_default=True,
+              help="What MetaGPT is asked for; the simulated model writes a snake game whatever it is.")  # fmt: skip
+@click.option("--limit", type=click.FloatRange(min=1), default=120.0, show_default=True,
+              help="Seconds after which the run is ended.")  # fmt: skip
+@click.option("--verbose", is_flag=True, help="Show all that MetaGPT prints.")
+def demo(
+    provider: str, output: Path, scale: Optional[float], idea: str, limit: float, verbose: bool
+) -> None:
+    """Run MetaGPT's software company on a simulated 34B model on a desktop, with faults.
+
+    Needs MetaGPT, but neither a model nor a network: the server is simulated, on a real socket.
+    """
+    problems = metagpt_problems()
+    if problems:
+        raise click.ClickException("\n".join(problems))
+    from metagpt_localllm.demo import DemoOptions, run_demo
+
+    options = DemoOptions(provider, output, scale, idea, limit, verbose)
+    try:
+        sys.exit(run_demo(options))
+    except FileExistsError as error:
+        raise click.BadParameter(str(error), param_hint="--output") from None
+
+
+# -------------------------------------------------------------------------------------------- simulate
+
+
+class _FaultKindsInHelp(click.Command):
+    """Puts the kinds of faults below the options, read from where they are defined."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from metagpt_localllm.simulator.faults import KINDS
+
+        with formatter.section("Faults"):
+            formatter.write_dl(sorted(KINDS.items()))
+        super().format_epilog(ctx, formatter)
+
+
+@main.command(cls=_FaultKindsInHelp)
+@click.option("--dialect", default="llama.cpp", show_default=True, help="Which server it answers like.")
+@click.option("--model", default="codebooga-34b", show_default=True, help="Name of the model.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--scale", type=click.FloatRange(min=0.001), default=1.0, show_default=True,
+              help="How many times faster than real time.")  # fmt: skip
+@click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Context window in tokens.")
+@click.option("--prefill-speed", type=click.FloatRange(min=0.001), default=40.0, show_default=True,
+              help="Prompt tokens per second.")  # fmt: skip
+@click.option("--decode-speed", type=click.FloatRange(min=0.001), default=3.0, show_default=True,
+              help="Answer tokens per second.")  # fmt: skip
+@click.option("--load-time", default="0s", show_default=True, help="Until the model is loaded, e.g. 90s or 2m.")
+@click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Requests served at once.")
+@click.option("--fault", "faults", multiple=True, metavar="TEXT", help="A fault, see below; may be repeated.")
+def simulate(**options: Any) -> None:
+    """Serve a simulated slow model on an OpenAI-compatible address until Ctrl-C."""
+    from metagpt_localllm.settings import parse_duration
+    from metagpt_localllm.simulator import serve
+
+    try:
+        options["load_time"] = parse_duration(options["load_time"])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--load-time") from None
+    try:
+        serve(**options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+# ------------------------------------------------------------------------------------------------ check
+
+
+@main.command()
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), default=None,
+              help="The file to check. [default: ~/.metagpt/config2.yaml]")  # fmt: skip
+def check(config: Optional[Path]) -> None:
+    """Check config2.yaml and the installation, without starting MetaGPT."""
+    path = config or Path.home() / ".metagpt" / "config2.yaml"
+    findings = [*_check_config(path), *_check_metagpt(), *_check_hook()]
+    for finding in findings:
+        mark = click.style("ok   ", fg="green") if finding.fine else click.style("wrong", fg="red")
+        first, *rest = finding.text.splitlines()
+        click.echo("\n".join([f"{mark}  {first}", *(f"       {line}" for line in rest)]))
+    if not all(finding.fine for finding in findings):
+        sys.exit(1)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    fine: bool
+    text: str
+
+
+def _check_config(path: Path) -> list[_Finding]:
+    import yaml
+    from pydantic import ValidationError
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [_Finding(False, f"{path} does not exist")]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return [_Finding(False, f"{path} cannot be read: {error}")]
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("llm"), dict):
+        return [_Finding(False, f"{path}: there is no block 'llm'")]
+    try:
+        _shape().model_validate(loaded)
+    except ValidationError as error:
+        return [_Finding(False, f"{path}\n{error}")]
+    findings = [_Finding(True, f"{path}")]
+    for where, block in _llm_blocks(loaded):
+        findings.extend(_Finding(False, f"{where}{problem}") for problem in _block_problems(block))
+    if not any(block.get("api_type") == "local_llm" for _, block in _llm_blocks(loaded)):
+        findings.append(_Finding(False, "nothing in it has api_type: local_llm, so MetaGPT uses its own providers"))
+    return findings
+
+
+def _shape() -> Any:
+    """A model like MetaGPT's ``Config`` as far as it concerns us, so that complaints have the same paths."""
+    from pydantic import create_model
+
+    from metagpt_localllm.settings import LocalSettings
+
+    llm = create_model("LLMConfig", local=(Optional[LocalSettings], None))
+    role = create_model("RoleCustomConfig", llm=(Optional[llm], None))
+    return create_model(
+        "Config",
+        llm=(llm, ...),
+        models=(Optional[dict[str, llm]], None),  # type: ignore[valid-type]
+        roles=(Optional[list[role]], None),  # type: ignore[valid-type]
+    )
+
+
+def _llm_blocks(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every block that sets up a model, with its path."""
+    blocks: list[tuple[str, Any]] = [("llm", config.get("llm"))]
+    blocks += [(f"models.{name}", block) for name, block in (config.get("models") or {}).items()]
+    blocks += [
+        (f"roles.{index}.llm", role.get("llm"))
+        for index, role in enumerate(config.get("roles") or [])
+        if isinstance(role, dict)
+    ]
+    return [(where, block) for where, block in blocks if isinstance(block, dict)]
+
+
+def _block_problems(block: dict[str, Any]) -> list[str]:
+    if block.get("api_type") != "local_llm":
+        return [".local has no effect: api_type is not local_llm"] if "local" in block else []
+    return [f".{key} is missing; local_llm needs it" for key in ("base_url", "model") if not block.get(key)]
+
+
+def metagpt_problems() -> list[str]:
+    """What keeps MetaGPT from running here, in sentences with their remedy; empty where nothing does."""
+    version = _version("metagpt")
+    if version is None:
+        return [f"MetaGPT is not installed in {sys.executable}. Install it with\n{_HOW_TO_INSTALL}"]
+    problems = []
+    if not (3, 9) <= sys.version_info[:2] < (3, 12):
+        problems.append(f"MetaGPT needs Python 3.9 to 3.11; this is {sys.version.split()[0]}.")
+    if _version("lancedb") is None or not _imports("lancedb"):
+        problems.append(f"lancedb is missing or broken, so MetaGPT cannot be imported. Install MetaGPT with\n{_HOW_TO_INSTALL}")
+    if _at_least("click", (8, 2)) and not _at_least("typer", (0, 10)):
+        problems.append(
+            f"click {_version('click')} breaks typer {_version('typer')}, and with it every metagpt command "
+            "(Secondary flag is not valid for non-boolean flag). Run\n    uv pip install 'click<8.2'"
+        )
+    return problems
+
+
+def _imports(module: str) -> bool:
+    """Whether ``module`` can be imported; tried in another interpreter, since a crash of it must not be ours."""
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
+
+
+def _at_least(package: str, wanted: Sequence[int]) -> bool:
+    version = _version(package)
+    if version is None:
+        return False
+    numbers = [int(part) for part in version.split(".")[:2] if part.isdigit()]
+    return tuple(numbers) >= tuple(wanted)
+
+
+def _check_metagpt() -> list[_Finding]:
+    problems = metagpt_problems()
+    if problems:
+        return [_Finding(False, problem) for problem in problems]
+    version = _version("metagpt")
+    if version not in SUPPORTED:
+        return [_Finding(False, f"MetaGPT {version} is not one of those this was tested with: {', '.join(SUPPORTED)}")]
+    return [_Finding(True, f"MetaGPT {version}")]
+
+
+def _check_hook() -> list[_Finding]:
+    """Whether api_type: local_llm is known to every interpreter of this environment."""
+    if os.environ.get("METAGPT_LOCALLLM_DISABLE"):
+        return [_Finding(False, "METAGPT_LOCALLLM_DISABLE is set: MetaGPT will refuse api_type: local_llm")]
+    probe = "import sys; sys.exit('metagpt_localllm._hook' not in sys.modules)"
+    active = subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
+    if active:
+        return [_Finding(True, "api_type: local_llm is registered when Python starts")]
+    return [
+        _Finding(
+            False,
+            f"the hook does not run when {sys.executable} starts (its .pth file is not in site-packages);\n"
+            "install this package with pip into the same environment as MetaGPT",
+        )
+    ]

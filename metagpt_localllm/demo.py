@@ -1,0 +1,188 @@
+"""The demonstration: MetaGPT's own software company against the simulated server, with faults on."""
+
+from __future__ import annotations
+
+import json
+import os
+import site
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from metagpt_localllm.simulator import Machine, Simulator, SimulatorThread, parse_fault
+
+__all__ = ["DemoOptions", "run_demo"]
+
+#: What goes wrong, by number of the chat request.
+FAULTS = (
+    "hang:on=2",
+    "stall:on=5,after=40",
+    "drop:on=8,after=60",
+    "error:on=11,status=500",
+    "close:on=14,after=80",
+    "html:on=17",
+)
+#: A 34B model, half of it on the CPU.
+MACHINE = Machine(prefill_speed=40.0, decode_speed=2.5, load_time=90.0, slots=1, context=4096)
+SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the command line says; ``limit`` in seconds."""
+
+    provider: str
+    output: Path
+    scale: Optional[float]
+    idea: str
+    limit: float
+    verbose: bool
+
+
+def run_demo(options: DemoOptions) -> int:
+    """Runs it and shows the table.
+
+    Returns:
+        The exit status: 0 when the project was finished.
+
+    Raises:
+        FileExistsError: the output folder holds something already that is no earlier demo.
+    """
+    console = Console()
+    scale = options.scale or SCALE
+    folder = options.output.resolve()
+    if folder.exists() and any(folder.iterdir()) and not (folder / ".metagpt-localllm-demo").exists():
+        raise FileExistsError(f"{folder} is not empty; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".metagpt-localllm-demo").touch()
+    events_file = folder / "events.jsonl"
+    log_file = folder / "metagpt.log"
+    console.print(
+        f"MetaGPT with [bold]{options.provider}[/] on a simulated 34B model "
+        f"({MACHINE.prefill_speed:g} tokens/s prefill, {MACHINE.decode_speed:g} decode, {MACHINE.context} context), "
+        f"{scale:g} times faster than real. Faults: {', '.join(FAULTS)}."
+    )
+    started = time.monotonic()
+    with SimulatorThread(MACHINE, scale=scale, faults=[parse_fault(text) for text in FAULTS]) as simulator:
+        _write_config(folder / "home" / ".metagpt" / "config2.yaml", options.provider, simulator, scale)
+        status = _run_metagpt(options, folder, events_file, log_file, simulator, console)
+        elapsed = time.monotonic() - started
+        events = _read(events_file)
+        files = _project_files(folder / "workspace")
+        finished = status == 0 and any(path.suffix == ".py" for path in files)
+        console.print(_table(options.provider, simulator, events, elapsed, scale, finished))
+    if finished:
+        console.print(f"The project ({len(files)} files) is in {folder / 'workspace'}; MetaGPT's output in {log_file}.")
+        return 0
+    how = f"was ended after {options.limit:g} s" if status is None else f"failed (exit status {status})"
+    console.print(f"[red]The run {how}; no finished project.[/] Its last words, from {log_file}:")
+    for line in _last_words(log_file):
+        console.print(f"  {line}", markup=False, highlight=False)
+    return 1
+
+
+def _write_config(path: Path, provider: str, simulator: Simulator, scale: float) -> None:
+    llm: dict[str, Any] = {"api_type": provider, "base_url": simulator.base_url, "model": simulator.model,
+                           "api_key": "not-needed"}  # fmt: skip
+    if provider == "openai":
+        llm["timeout"] = max(round(600 / scale), 1)
+    else:
+        # The defaults, but for a little more room at 'stall': a busy machine may pause for a second.
+        llm["local"] = {
+            "timeouts": {"first_token": 600 / scale, "stall": 200 / scale, "total": 7200 / scale},
+            "retry": {"backoff": {"initial": 1 / scale, "max": 60 / scale}},
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"llm": llm}), encoding="utf-8")
+
+
+def _run_metagpt(
+    options: DemoOptions, folder: Path, events_file: Path, log_file: Path, simulator: Simulator, console: Console
+) -> Optional[int]:
+    """Exit status of MetaGPT; None when it was ended for taking too long."""
+    environment = {**os.environ, "HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"),
+                   "METAGPT_PROJECT_ROOT": str(folder), "PYTHONUNBUFFERED": "1",
+                   "PYTHONUSERBASE": site.getuserbase()}  # fmt: skip
+    environment.pop("METAGPT_LOCALLLM_DISABLE", None)
+    if options.provider == "openai":
+        environment["METAGPT_LOCALLLM_DISABLE"] = "1"
+    command = [sys.executable, "-W", "ignore", "-m", "metagpt_localllm._demo_child", options.idea, str(events_file)]
+    end = time.monotonic() + options.limit
+    with log_file.open("wb") as log:
+        output = None if options.verbose else log
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        try:
+            with console.status("MetaGPT starts …") as status:
+                while process.poll() is None:
+                    if time.monotonic() > end:
+                        return None
+                    stats = simulator.stats
+                    status.update(
+                        f"{stats.completed} answers, {stats.requests} requests, "
+                        f"{stats.prefill_tokens + stats.decode_tokens:,} tokens …"
+                    )
+                    time.sleep(0.2)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return process.returncode
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def _project_files(workspace: Path) -> list[Path]:
+    return [p for p in workspace.rglob("*") if p.is_file() and ".git" not in p.parts] if workspace.exists() else []
+
+
+def _table(
+    provider: str, simulator: Simulator, events: list[dict[str, Any]], elapsed: float, scale: float, finished: bool
+) -> Table:
+    stats = simulator.stats
+    kinds = [event["event"] for event in events]
+    retries = [event for event in events if event["event"] == "Retry"]
+    timeouts = ("FirstTokenTimeout", "StreamStalled", "TotalTimeout")
+    trimmed = [event for event in events if event["event"] == "Trimmed"]
+    table = Table(title=f"What happened with {provider}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    rows: list[tuple[str, str]] = [("project finished", "yes" if finished else "no")]
+    if provider != "openai":
+        rows += [
+            ("calls of MetaGPT's roles", f"{kinds.count('Done') + kinds.count('Failed')}"),
+            ("  of them answered", f"{kinds.count('Done')}"),
+            ("waits for the server (no attempt spent)", f"{kinds.count('Waiting')}"),
+            ("retries", f"{len(retries)}"),
+            ("  after a timeout, which ends a stock run or repeats it", f"{sum(r['cause'] in timeouts for r in retries)}"),
+            ("prompts trimmed to the context window", f"{len(trimmed)}"),
+            ("tokens trimmed", f"{sum(event['removed_tokens'] for event in trimmed):,}"),
+        ]
+    rows += [
+        ("requests the server got", f"{stats.requests:,}"),
+        ("prompt tokens processed (and taken from the cache)", f"{stats.prefill_tokens:,} ({stats.cached_tokens:,})"),
+        ("answer tokens", f"{stats.decode_tokens:,}"),
+        ("tokens of work thrown away", f"{stats.wasted_tokens:,}"),
+        ("faults played", ", ".join(stats.faults) or "none"),
+        ("wall time", f"{elapsed:.0f} s"),
+        ("the same on the real machine", f"about {elapsed * scale / 60:.0f} min"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _last_words(log_file: Path) -> list[str]:
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines() if log_file.exists() else []
+    telling = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
+    return [line[:300] for line in telling[-6:]]

@@ -1,0 +1,220 @@
+"""``LocalLLM``: the provider that MetaGPT makes for ``api_type: local_llm``.
+
+Every way in (aask, aask_batch, acompletion, acompletion_text, aask_code) comes down to :meth:`LocalLLM._ask`
+and from there to :func:`metagpt_localllm.call.complete`. Retries are there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Callable, Optional, Union
+from weakref import WeakKeyDictionary
+
+from metagpt.logs import log_llm_stream, logger
+from metagpt.provider.openai_api import OpenAILLM
+from openai import AsyncOpenAI
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel
+
+from metagpt_localllm import call as calls
+from metagpt_localllm import events, servers
+from metagpt_localllm.caller import find_caller, find_retry_loop
+from metagpt_localllm.errors import LocalLLMError
+from metagpt_localllm.settings import LocalSettings
+from metagpt_localllm.tokens import estimate_prompt, estimate_text
+from metagpt_localllm.transport import Endpoint, client_for
+
+__all__ = ["LocalLLM"]
+
+#: Errors of requests that a retry loop of MetaGPT's own has already sent: it gets the same error again.
+_spent: WeakKeyDictionary[Any, dict[str, LocalLLMError]] = WeakKeyDictionary()
+_guessed: set[tuple[str, str]] = set()
+
+
+class LocalLLM(OpenAILLM):  # type: ignore[misc]
+    """MetaGPT's OpenAI provider for servers that may take minutes to answer.
+
+    Raises:
+        ValueError: on construction, when ``model`` is missing in config2.yaml.
+    """
+
+    def __init__(self, config: Any) -> None:
+        if not config.model:
+            raise ValueError(
+                "llm.model is missing in config2.yaml: api_type local_llm needs the name of the model as the "
+                f"server lists it at {config.base_url}/models"
+            )
+        super().__init__(config)
+        self._settings: LocalSettings = config.local or LocalSettings()
+
+    # ------------------------------------------------------------------ what stock sets up eagerly
+
+    def _init_client(self) -> None:
+        self.model = self.config.model
+        self.pricing_plan = self.config.pricing_plan or self.model
+
+    @property
+    def aclient(self) -> AsyncOpenAI:
+        """An openai client for what is no chat (moderation, speech, images); made per use, without retries."""
+        return AsyncOpenAI(
+            api_key=self.config.api_key,
+            base_url=self.config.base_url,
+            max_retries=0,
+            http_client=client_for(self._endpoint()),
+        )
+
+    def with_model(self, model: str) -> LocalLLM:
+        super().with_model(model)
+        self.model = model
+        return self
+
+    def get_timeout(self, timeout: int) -> int:
+        """Only what a caller asked for: ``llm.timeout`` is a cap of ours, not httpx's single number."""
+        return timeout or 0
+
+    # ------------------------------------------------------------------ the ways in
+
+    async def acompletion_text(self, messages: list[dict[str, Any]], stream: bool = False, timeout: int = 0) -> str:
+        """The answer's text; printed as it comes when ``stream``. ``timeout``: seconds for the whole call, 0 for none."""
+        return (await self._ask(messages, {}, timeout, show=stream)).text
+
+    async def _achat_completion_stream(self, messages: list[dict[str, Any]], timeout: int = 0) -> str:
+        return (await self._ask(messages, {}, timeout, show=True)).text
+
+    async def _achat_completion(self, messages: list[dict[str, Any]], timeout: int = 0) -> ChatCompletion:
+        return (await self._ask(messages, {}, timeout)).completion
+
+    async def acompletion(self, messages: list[dict[str, Any]], timeout: int = 0) -> ChatCompletion:
+        return (await self._ask(messages, {}, timeout)).completion
+
+    async def _achat_completion_function(
+        self, messages: list[dict[str, Any]], timeout: int = 0, **chat_configs: Any
+    ) -> ChatCompletion:
+        return (await self._ask(self.format_msg(messages), chat_configs, timeout)).completion
+
+    async def _ask(
+        self, messages: list[dict[str, Any]], extra: dict[str, Any], timeout: float, show: bool = False
+    ) -> calls.Outcome:
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_token,
+            **extra,
+        }
+        loop = find_retry_loop()
+        spent = _spent.setdefault(loop, {}) if loop is not None else {}
+        digest = _digest(body)
+        if digest in spent:
+            logger.info("MetaGPT repeats a call that has already used up its attempts; it is not sent again.")
+            raise spent[digest]
+        call = calls.Call(
+            endpoint=self._endpoint(),
+            settings=self._settings,
+            body=body,
+            caller=find_caller(),
+            context_length=self.config.context_length,
+            attempt_cap=self.config.timeout if "timeout" in self.config.model_fields_set else None,
+            call_timeout=timeout or None,
+            show=log_llm_stream if show else _silent,
+        )
+        try:
+            outcome = await calls.complete(call)
+        except LocalLLMError as error:
+            spent[digest] = error
+            raise
+        finally:
+            _warn_of_guess(call)
+        if show:
+            log_llm_stream("\n")
+        self.reasoning_content = outcome.reasoning or None
+        self._update_costs(outcome.usage)
+        return outcome
+
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self.config.base_url, self.model, self.config.api_key, self.config.proxy)
+
+    # ------------------------------------------------------------------ tokens instead of dollars
+
+    def _update_costs(
+        self, usage: Union[dict[str, Any], BaseModel, None], model: Optional[str] = None, local_calc_usage: bool = True
+    ) -> None:
+        """Adds up tokens; a local model has no price."""
+        if not (self.config.calc_usage and local_calc_usage and self.cost_manager and usage):
+            return
+        counts = usage.model_dump() if isinstance(usage, BaseModel) else usage
+        self.cost_manager.total_prompt_tokens += int(counts.get("prompt_tokens") or 0)
+        self.cost_manager.total_completion_tokens += int(counts.get("completion_tokens") or 0)
+
+    def _calc_usage(self, messages: list[dict[str, Any]], rsp: str) -> CompletionUsage:
+        prompt, answer = self.count_tokens(messages), estimate_text(rsp)
+        return CompletionUsage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+
+    def count_tokens(self, messages: list[dict[str, Any]]) -> int:
+        """An estimate on the safe side, without tiktoken, which would download its encodings."""
+        return estimate_prompt(messages)
+
+    def _get_max_tokens(self, messages: list[dict[str, Any]]) -> int:
+        return int(self.config.max_token)
+
+    # ------------------------------------------------------------------ images
+
+    def support_image_input(self) -> bool:
+        """Whether the loaded model sees images: the server's word, else MetaGPT's list of names, else yes."""
+        server = servers.known(self._endpoint())
+        if server is not None and server.images is not None:
+            return server.images
+        return True
+
+    def _user_msg(self, msg: str, images: Optional[Union[str, list[str]]] = None) -> dict[str, Any]:
+        if images and not self.support_image_input():
+            logger.warning(f"{self.model} does not see images: {len([images]) if isinstance(images, str) else len(images)}"
+                           " left out of the prompt.")  # fmt: skip
+            images = None
+        message: dict[str, Any] = self._user_msg_with_imgs(msg, images) if images else {"role": "user", "content": msg}
+        return message
+
+
+def _silent(_text: str) -> None:
+    """For callers that do not stream."""
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()
+
+
+def _warn_of_guess(call: calls.Call) -> None:
+    key = (call.endpoint.base_url, call.endpoint.model)
+    if key not in _guessed and calls.window_is_a_guess(call):
+        _guessed.add(key)
+        logger.warning(
+            f"{call.endpoint.base_url} does not say how large the context of {call.endpoint.model} is; assuming "
+            f"{calls.DEFAULT_WINDOW:,} tokens. Set llm.local.context.window in config2.yaml to what is loaded."
+        )
+
+
+def _log(event: events.Event) -> None:
+    who = f"call {event.call.number} ({event.call.caller})"
+    if isinstance(event, events.Retry):
+        logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
+    elif isinstance(event, events.Waiting):
+        logger.warning(f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most.")
+    elif isinstance(event, events.Trimmed):
+        logger.warning(
+            f"{who}: the prompt was too long for the context window of {event.window:,} tokens: "
+            f"{event.dropped_messages} messages left out, {event.shortened_messages} shortened, about "
+            f"{event.removed_tokens:,} tokens less; {event.prompt_tokens:,} remain."
+        )
+    elif isinstance(event, events.Done):
+        first = f", first token after {event.ttft:.1f} s" if event.ttft is not None else ""
+        logger.info(
+            f"{who}: {event.prompt_tokens:,} tokens in, {event.completion_tokens:,} out in {event.elapsed:.1f} s"
+            f"{first} (tier {event.call.tier}, {event.finish_reason})"
+        )
+        if event.finish_reason == "length":
+            logger.warning(f"{who}: the answer was cut at its largest length; raise llm.max_token or the context.")
+
+
+_unsubscribe: Callable[[], None] = events.subscribe(_log)

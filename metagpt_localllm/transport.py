@@ -1,0 +1,92 @@
+"""HTTP to the model server: one httpx client per event loop, without connections that outlive a request."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Optional
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+import httpx
+
+__all__ = ["Endpoint", "client_for"]
+
+#: MetaGPT's own default of ``llm.api_key``: no key at all.
+_NO_KEY = "sk-"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is served.
+
+    Attributes:
+        base_url: of the OpenAI API, such as ``http://localhost:1234/v1``.
+        model: its name there.
+        api_key: sent as a bearer token; never logged, not even in this object's repr.
+        proxy: URL of a proxy, or None.
+    """
+
+    base_url: str
+    model: str
+    api_key: str = field(default="", repr=False)
+    proxy: Optional[str] = field(default=None, repr=False)
+
+    @property
+    def root(self) -> str:
+        """The server's address without the API's ``/v1``."""
+        trimmed = self.base_url.rstrip("/")
+        return trimmed[: -len("/v1")] if trimmed.endswith("/v1") else trimmed
+
+    @property
+    def chat_url(self) -> str:
+        return self.base_url.rstrip("/") + "/chat/completions"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if self.api_key and self.api_key != _NO_KEY:
+            headers["authorization"] = f"Bearer {self.api_key}"
+        return headers
+
+
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Optional[str], bool], httpx.AsyncClient]] = (
+    WeakKeyDictionary()
+)
+
+
+def client_for(endpoint: Endpoint) -> httpx.AsyncClient:
+    """The client of the running event loop.
+
+    It keeps no idle connection, so that there is nothing to close when its loop ends, and so that a
+    request never meets a connection that the server has just dropped. The environment's proxies are
+    not for servers on this machine.
+    """
+    clients = _clients.setdefault(asyncio.get_running_loop(), {})
+    trust_environment = endpoint.proxy is None and not _is_local(endpoint.base_url)
+    key = (endpoint.proxy, trust_environment)
+    if key not in clients:
+        clients[key] = httpx.AsyncClient(
+            proxy=endpoint.proxy,
+            trust_env=trust_environment,
+            verify=_ssl_context(),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            timeout=None,
+        )
+    return clients[key]
+
+
+@lru_cache(maxsize=1)
+def _ssl_context() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
+
+
+def _is_local(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
