@@ -155,6 +155,7 @@ async def complete(call: Call) -> Outcome:
             prompt = await _prepare(call, info, identified.server, measure, life)
 
     life.whole()
+    call.show("\n")
     usage = answer.completion_usage(prompt.tokens, estimate_text(answer.content) + estimate_text(answer.reasoning))
     events.publish(
         events.Done(

@@ -31,7 +31,7 @@ FAULTS = (
 )
 #: A 34B model, half of it on the CPU.
 MACHINE = Machine(prefill_speed=40.0, decode_speed=2.5, load_time=90.0, slots=1, context=4096)
-SCALE = 100.0
+SCALE = 120.0
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def from_exception(error: BaseException, base_url: str, answer_began: bool) -> F
         )  # fmt: skip
     if answer_began:
         return Failure(
-            Kind.TRANSIENT, errors.IncompleteStream, f"the connection broke in the middle of the answer ({error})",
+            Kind.TRANSIENT, errors.IncompleteStream, f"the connection broke in the middle of the answer ({error or type(error).__name__})",
             "If it recurs, look whether the server crashes (memory) in its own log.", "llm.local.retry.attempts",
             cause=error,
         )  # fmt: skip

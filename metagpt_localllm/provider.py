@@ -127,8 +127,6 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
             raise
         finally:
             _warn_of_guess(call)
-        if show:
-            log_llm_stream("\n")
         self.reasoning_content = outcome.reasoning or None
         self._update_costs(outcome.usage)
         return outcome

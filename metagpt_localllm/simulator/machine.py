@@ -58,11 +58,11 @@ class Stats:
     faults: dict[str, int] = field(default_factory=dict)
 
 
-_PIECE = re.compile(r"\s?[A-Za-z]{1,6}|[A-Za-z]{1,6}|\d|[\u0080-\U0010ffff]|\s+|[^\w\s]|_")
+_PIECE = re.compile(r"\s?[A-Za-z]{1,4}|[A-Za-z]{1,4}|\d|[\u0080-\U0010ffff]|\s+|[^\w\s]|_")
 
 
 def tokenize(text: str) -> list[str]:
-    """Splits text as a vocabulary would, roughly: word pieces of up to six letters. Joined they are the text."""
+    """Splits text as a vocabulary would, roughly: word pieces of up to four letters, as in Llama 2's. Joined they are the text."""
     pieces: list[str] = []
     end = 0
     for found in _PIECE.finditer(text):

@@ -1,0 +1,18 @@
+"""Serves a GGUF with the real llama.cpp server of the xllamacpp wheel, until its standard input closes."""
+
+import os
+import sys
+
+import xllamacpp
+
+parameters = xllamacpp.CommonParams()
+parameters.model.path = sys.argv[1]
+parameters.hostnames, parameters.port = ["127.0.0.1"], 0
+parameters.n_ctx, parameters.n_parallel = int(sys.argv[2]), 1
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 2
+parameters.endpoint_metrics = parameters.endpoint_props = True
+parameters.warmup = False
+server = xllamacpp.Server(parameters)
+print(server.listening_address, flush=True)
+sys.stdin.buffer.read()
+os._exit(0)  # llama.cpp's own shutdown waits for requests in flight
