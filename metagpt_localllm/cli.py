@@ -6,6 +6,7 @@ version pinned by MetaGPT breaks on new releases of click, and hence the imports
 
 from __future__ import annotations
 
+import difflib
 import os
 import subprocess
 import sys
@@ -207,7 +208,16 @@ def _llm_blocks(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _block_problems(block: dict[str, Any]) -> list[str]:
     if block.get("api_type") != "local_llm":
         return [".local has no effect: api_type is not local_llm"] if "local" in block else []
-    return [f".{key} is missing; local_llm needs it" for key in ("base_url", "model") if not block.get(key)]
+    problems = [f".{key} is missing; local_llm needs it" for key in ("base_url", "model") if not block.get(key)]
+    # MetaGPT ignores keys of llm that it does not know; those that were meant for us would do nothing.
+    from metagpt_localllm.settings import LocalSettings
+
+    for key in block:
+        if key in LocalSettings.model_fields:
+            problems.append(f".{key} has no effect there; it belongs to .local.{key}")
+        elif key != "local" and difflib.get_close_matches(str(key), ["local"], cutoff=0.8):
+            problems.append(f".{key} has no effect; did you mean .local?")
+    return problems
 
 
 def metagpt_problems() -> list[str]:
@@ -250,7 +260,7 @@ def _check_hook() -> list[_Finding]:
     """Whether api_type: local_llm is known to every interpreter of this environment."""
     if os.environ.get("METAGPT_LOCALLLM_DISABLE"):
         return [_Finding(False, "METAGPT_LOCALLLM_DISABLE is set: MetaGPT will refuse api_type: local_llm")]
-    probe = "import sys; sys.exit('metagpt_localllm._hook' not in sys.modules)"
+    probe = "import sys; sys.exit('MetaGPTLocalLLMFinder' not in [getattr(f, '__name__', '') for f in sys.meta_path])"
     active = subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
     if active:
         return [_Finding(True, "api_type: local_llm is registered when Python starts")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import site
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metagpt_localllm.simulator import Machine, Simulator, SimulatorThread, parse_fault
+from metagpt_localllm.simulator.answers import FILES
 
 __all__ = ["DemoOptions", "run_demo"]
 
@@ -75,13 +77,18 @@ def run_demo(options: DemoOptions) -> int:
         status = _run_metagpt(options, folder, events_file, log_file, simulator, console)
         elapsed = time.monotonic() - started
         events = _read(events_file)
-        files = _project_files(folder / "workspace")
-        finished = status == 0 and any(path.suffix == ".py" for path in files)
-        console.print(_table(options.provider, simulator, events, elapsed, scale, finished))
+        project = _Project.read(folder / "workspace")
+        finished = status == 0 and project.finished
+        console.print(_table(options.provider, simulator, events, elapsed, scale, project, finished))
     if finished:
-        console.print(f"The project ({len(files)} files) is in {folder / 'workspace'}; MetaGPT's output in {log_file}.")
+        console.print(f"The project ({project.files} files) is in {project.folder}; MetaGPT's output in {log_file}.")
         return 0
-    how = f"was ended after {options.limit:g} s" if status is None else f"failed (exit status {status})"
+    if status is None:
+        how = f"was ended after {options.limit:g} s"
+    elif status:
+        how = f"failed (exit status {status})"
+    else:
+        how = "broke off (MetaGPT swallows the error and exits with 0)"
     console.print(f"[red]The run {how}; no finished project.[/] Its last words, from {log_file}:")
     for line in _last_words(log_file):
         console.print(f"  {line}", markup=False, highlight=False)
@@ -142,13 +149,40 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
-def _project_files(workspace: Path) -> list[Path]:
-    return [p for p in workspace.rglob("*") if p.is_file() and ".git" not in p.parts] if workspace.exists() else []
+@dataclass(frozen=True)
+class _Project:
+    """What lies in the workspace, and what is missing of the files that the simulated architect planned."""
+
+    folder: Path
+    files: int
+    missing: tuple[str, ...]
+    broken: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        return not self.missing and not self.broken
+
+    @classmethod
+    def read(cls, workspace: Path) -> _Project:
+        files = [p for p in workspace.rglob("*") if p.is_file() and not {".git", "storage"} & set(p.parts)]
+        sources = {path.name: path for path in files if path.suffix == ".py"}
+        missing = [name for name in FILES if name not in sources]
+        broken = [name for name, path in sources.items() if not _compiles(path)]
+        return cls(workspace, len(files), tuple(missing), tuple(broken))
+
+
+def _compiles(path: Path) -> bool:
+    try:
+        compile(path.read_text(encoding="utf-8"), str(path), "exec")
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _table(
-    provider: str, simulator: Simulator, events: list[dict[str, Any]], elapsed: float, scale: float, finished: bool
-) -> Table:
+    provider: str, simulator: Simulator, events: list[dict[str, Any]], elapsed: float, scale: float,
+    project: _Project, finished: bool,
+) -> Table:  # fmt: skip
     stats = simulator.stats
     kinds = [event["event"] for event in events]
     retries = [event for event in events if event["event"] == "Retry"]
@@ -157,7 +191,14 @@ def _table(
     table = Table(title=f"What happened with {provider}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    rows: list[tuple[str, str]] = [("project finished", "yes" if finished else "no")]
+    rows: list[tuple[str, str]] = [
+        ("project finished", "yes" if finished else "no"),
+        ("source files written, of those planned", f"{len(FILES) - len(project.missing)} of {len(FILES)}"),
+    ]
+    if project.missing:
+        rows.append(("  missing", ", ".join(project.missing)))
+    if project.broken:
+        rows.append(("  no valid Python", ", ".join(project.broken)))
     if provider != "openai":
         rows += [
             ("calls of MetaGPT's roles", f"{kinds.count('Done') + kinds.count('Failed')}"),
@@ -184,5 +225,5 @@ def _table(
 
 def _last_words(log_file: Path) -> list[str]:
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines() if log_file.exists() else []
-    telling = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
+    telling = [line.strip() for line in lines if re.match(r"[\w.]*(Error|Timeout|Exception)\b", line)]
     return [line[:300] for line in telling[-6:]]

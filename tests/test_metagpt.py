@@ -1,6 +1,7 @@
 """MetaGPT itself, unchanged, on our provider."""
 
 import asyncio
+import inspect
 
 import pytest
 from conftest import FAST, WORDS
@@ -12,6 +13,7 @@ from metagpt.provider.llm_provider_registry import create_llm_instance
 from metagpt.roles import Role
 from metagpt.schema import Message
 from pydantic import ValidationError
+from tenacity import RetryError
 
 from metagpt_localllm import errors, events
 from metagpt_localllm.provider import LocalLLM
@@ -112,23 +114,29 @@ async def test_the_calling_action_and_role_are_found_out(simulator):
 NODE = ActionNode(key="Answer", expected_type=str, instruction="Answer.", example="yes")
 
 
+async def fill(llm):
+    # 1.0.0 has renamed the parameter.
+    question = "req" if "req" in inspect.signature(NODE.fill).parameters else "context"
+    return await NODE.fill(**{question: "what?"}, llm=llm)
+
+
 async def test_a_hanging_server_gets_no_more_requests_than_attempts_from_one_action_node(simulator, monkeypatch):
     async def at_once(_seconds):
         pass
 
     monkeypatch.setattr(ActionNode._aask_v1.retry, "sleep", at_once)
-    fill = Answer(text='[CONTENT]\n{"Answer": "42"}\n[/CONTENT]')
-    async with simulator(Fault("hang", times=4), answer=lambda m, t: fill) as server:
+    filled = Answer(text='[CONTENT]\n{"Answer": "42"}\n[/CONTENT]')
+    async with simulator(Fault("hang", times=4), answer=lambda m, t: filled) as server:
         llm = make(server, local={"timeouts": {"first_token": 0.5}})
-        with pytest.raises(Exception) as caught:
-            await NODE.fill(context="what?", llm=llm)
+        with pytest.raises(RetryError) as caught:
+            await fill(llm)
         assert server.stats.requests == 4
         cause = caught.value
         while cause is not None and not isinstance(cause, errors.FirstTokenTimeout):
             last = getattr(cause, "last_attempt", None)
             cause = cause.__cause__ or (last.exception() if last is not None else None)
         assert isinstance(cause, errors.FirstTokenTimeout)
-        node = await NODE.fill(context="what?", llm=llm)
+        node = await fill(llm)
         assert node.instruct_content.Answer == "42"
         assert server.stats.requests == 5
 
