@@ -24,15 +24,16 @@ def _record(file: IO[str]) -> None:
 
 
 def main() -> None:
-    """Arguments: the idea, the file for the events."""
-    idea, path = sys.argv[1:]
+    """Arguments: the idea, the rounds, the file for the events."""
+    idea, rounds, path = sys.argv[1:]
     with open(path, "w", encoding="utf-8") as file:
         _record(file)
         from metagpt.software_company import generate_repo
 
         generate_repo(
-            idea, investment=3.0, n_round=5, code_review=True, run_tests=False, implement=True, project_name="snake_game"
-        )
+            idea, investment=3.0, n_round=int(rounds), code_review=True, run_tests=False, implement=True,
+            project_name="snake_game",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

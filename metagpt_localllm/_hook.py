@@ -1,6 +1,6 @@
 """Waits for MetaGPT's own modules to be imported, and then adds this package's provider to them.
 
-``metagpt_localllm.pth`` brings Python here when one of :data:`TARGETS` is looked for, and not before;
+``metagpt_localllm.pth`` imports this package when ``metagpt`` itself is looked for, and not before;
 ``import metagpt_localllm`` does the same by hand. MetaGPT validates config2.yaml while it is being
 imported, so nothing later than the execution of ``metagpt.configs.llm_config`` is early enough.
 
@@ -15,22 +15,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Optional, Sequence
 
-__all__ = ["TARGETS", "activate", "disabled", "find_spec"]
+__all__ = ["TARGETS", "Finder", "activate", "disabled"]
 
 #: Module of MetaGPT: name of the function in ``_register`` that extends it.
 TARGETS = {
     "metagpt.configs.llm_config": "extend_config",
     "metagpt.provider.openai_api": "register_provider",
 }
-_FINDER = "MetaGPTLocalLLMFinder"
-
-
-class MetaGPTLocalLLMFinder:
-    """The same finder as in the .pth file, for ``import metagpt_localllm`` where that file is missing."""
-
-    @staticmethod
-    def find_spec(name: str, path: Optional[Sequence[str]] = None, target: Any = None) -> Optional[ModuleSpec]:
-        return find_spec(name, path, target) if name in TARGETS else None
 
 
 def disabled() -> bool:
@@ -38,19 +29,22 @@ def disabled() -> bool:
     return os.environ.get("METAGPT_LOCALLLM_DISABLE", "") not in ("", "0")
 
 
-def find_spec(name: str, path: Optional[Sequence[str]], target: Any) -> Optional[ModuleSpec]:
-    """The spec that the other finders give, with a loader that extends the module once it has been executed."""
-    if disabled():
+class Finder:
+    """Finds the two modules as the other finders do, with a loader that extends them once they have been executed."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Optional[Sequence[str]] = None, target: Any = None) -> Optional[ModuleSpec]:
+        if name not in TARGETS or disabled():
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if finder is cls or find is None:
+                continue
+            spec: Optional[ModuleSpec] = find(name, path, target)
+            if spec is not None:
+                _extend_after_execution(spec)
+                return spec
         return None
-    for finder in sys.meta_path:
-        if getattr(finder, "__name__", type(finder).__name__) == _FINDER:
-            continue
-        find = getattr(finder, "find_spec", None)
-        spec: Optional[ModuleSpec] = find(name, path, target) if find is not None else None
-        if spec is not None:
-            _extend_after_execution(spec)
-            return spec
-    return None
 
 
 def _extend_after_execution(spec: ModuleSpec) -> None:
@@ -61,7 +55,8 @@ def _extend_after_execution(spec: ModuleSpec) -> None:
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
-        _extend(module)
+        if module.__name__ == spec.name:  # a zipimporter loads other modules too
+            _extend(module)
 
     # On this one instance, so that it stays the loader that inspect and pickle know.
     loader.exec_module = exec_module
@@ -84,8 +79,8 @@ def activate() -> None:
     """Makes ``api_type: local_llm`` known to MetaGPT, whether it was imported already or will be. Idempotent."""
     if disabled():
         return
-    if not any(getattr(f, "__name__", type(f).__name__) == _FINDER for f in sys.meta_path):
-        sys.meta_path.insert(0, MetaGPTLocalLLMFinder)
+    if Finder not in sys.meta_path:
+        sys.meta_path.insert(0, Finder)
     for name in TARGETS:
         module = sys.modules.get(name)
         spec = getattr(module, "__spec__", None)

@@ -6,7 +6,6 @@ version pinned by MetaGPT breaks on new releases of click, and hence the imports
 
 from __future__ import annotations
 
-import difflib
 import os
 import subprocess
 import sys
@@ -17,15 +16,22 @@ from typing import Any, Optional, Sequence
 
 import click
 
-__all__ = ["INSTALL_METAGPT", "OVERRIDES", "main", "metagpt_problems"]
+__all__ = ["INSTALL_METAGPT", "METAGPT_KEYS", "OVERRIDES", "main", "metagpt_problems"]
 
 #: What MetaGPT's own pins get wrong today: lancedb 0.4.0 is gone from PyPI, its typer breaks on click 8.2, and
 #: lancedb's newest pyarrow wants NumPy 2 where MetaGPT pins 1.26.
 OVERRIDES: tuple[str, ...] = ("lancedb>=0.14", "click<8.2", "pyarrow<21")
 #: The command that installs a MetaGPT that works; the README has the same words.
 INSTALL_METAGPT = "pip install uv && uv pip install --override metagpt-overrides.txt 'metagpt==0.8.2'"
-#: Versions that the tests run with.
-SUPPORTED = ("0.8.2", "1.0.0")
+
+#: The keys of an ``llm`` block that MetaGPT 0.8.2 and 1.0.0 know: importing it to ask takes 8 seconds.
+METAGPT_KEYS = (
+    "api_key", "api_type", "base_url", "api_version", "model", "pricing_plan", "access_key", "secret_key",
+    "session_token", "endpoint", "app_id", "api_secret", "domain", "max_token", "temperature", "top_p", "top_k",
+    "repetition_penalty", "stop", "presence_penalty", "frequency_penalty", "best_of", "n", "stream", "seed", "logprobs",
+    "top_logprobs", "timeout", "context_length", "region_name", "proxy", "calc_usage", "compress_type",
+    "use_system_prompt", "reasoning", "reasoning_max_token", "extra_fields",
+)  # fmt: skip
 
 _HOW_TO_INSTALL = (
     f"    printf '%s\\n' {' '.join(repr(line) for line in OVERRIDES)} > metagpt-overrides.txt\n    {INSTALL_METAGPT}"
@@ -179,11 +185,20 @@ def _check_config(path: Path) -> list[_Finding]:
 
 def _shape() -> Any:
     """A model like MetaGPT's ``Config`` as far as it concerns us, so that complaints have the same paths."""
-    from pydantic import create_model
+    from pydantic import create_model, model_validator
 
-    from metagpt_localllm.settings import LocalSettings
+    from metagpt_localllm.settings import LocalSettings, refuse_misplaced
 
-    llm = create_model("LLMConfig", local=(Optional[LocalSettings], None))
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and value.get("api_type") == "local_llm":
+            refuse_misplaced(value, [*METAGPT_KEYS, "local"])
+        return value
+
+    llm = create_model(
+        "LLMConfig",
+        __validators__={"check": model_validator(mode="before")(check)},  # type: ignore[dict-item]
+        local=(Optional[LocalSettings], None),
+    )
     role = create_model("RoleCustomConfig", llm=(Optional[llm], None))
     return create_model(
         "Config",
@@ -208,16 +223,7 @@ def _llm_blocks(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _block_problems(block: dict[str, Any]) -> list[str]:
     if block.get("api_type") != "local_llm":
         return [".local has no effect: api_type is not local_llm"] if "local" in block else []
-    problems = [f".{key} is missing; local_llm needs it" for key in ("base_url", "model") if not block.get(key)]
-    # MetaGPT ignores keys of llm that it does not know; those that were meant for us would do nothing.
-    from metagpt_localllm.settings import LocalSettings
-
-    for key in block:
-        if key in LocalSettings.model_fields:
-            problems.append(f".{key} has no effect there; it belongs to .local.{key}")
-        elif key != "local" and difflib.get_close_matches(str(key), ["local"], cutoff=0.8):
-            problems.append(f".{key} has no effect; did you mean .local?")
-    return problems
+    return [f".{key} is missing; local_llm needs it" for key in ("base_url", "model") if not block.get(key)]
 
 
 def metagpt_problems() -> list[str]:
@@ -250,6 +256,8 @@ def _check_metagpt() -> list[_Finding]:
     problems = metagpt_problems()
     if problems:
         return [_Finding(False, problem) for problem in problems]
+    from metagpt_localllm._register import SUPPORTED
+
     version = _version("metagpt")
     if version not in SUPPORTED:
         return [_Finding(False, f"MetaGPT {version} is not one of those this was tested with: {', '.join(SUPPORTED)}")]
@@ -260,7 +268,7 @@ def _check_hook() -> list[_Finding]:
     """Whether api_type: local_llm is known to every interpreter of this environment."""
     if os.environ.get("METAGPT_LOCALLLM_DISABLE"):
         return [_Finding(False, "METAGPT_LOCALLLM_DISABLE is set: MetaGPT will refuse api_type: local_llm")]
-    probe = "import sys; sys.exit('MetaGPTLocalLLMFinder' not in [getattr(f, '__name__', '') for f in sys.meta_path])"
+    probe = "import sys; sys.exit('metagpt_localllm.pth' not in [getattr(f, '__name__', '') for f in sys.meta_path])"
     active = subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
     if active:
         return [_Finding(True, "api_type: local_llm is registered when Python starts")]

@@ -9,7 +9,8 @@ import site
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional
 
@@ -29,11 +30,30 @@ FAULTS = (
     "drop:on=8,after=60",
     "error:on=11,status=500",
     "close:on=14,after=80",
-    "html:on=17",
+    "refuse:on=17,duration=60s",
+    "html:on=18",
 )
 #: A 34B model, half of it on the CPU.
 MACHINE = Machine(prefill_speed=40.0, decode_speed=2.5, load_time=90.0, slots=1, context=4096)
-SCALE = 120.0
+
+
+@dataclass(frozen=True)
+class _Company:
+    """What the software company of one MetaGPT needs.
+
+    Attributes:
+        context: window in tokens; the roles of 1.0.0 have prompts of up to 20,000.
+        rounds: until the engineer is done.
+        scale: how many times faster than real, for a run of about a minute.
+    """
+
+    context: int
+    rounds: int
+    scale: float
+
+    @classmethod
+    def installed(cls) -> _Company:
+        return cls(4096, 5, 120.0) if metadata.version("metagpt").startswith("0.") else cls(32768, 20, 300.0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,8 @@ def run_demo(options: DemoOptions) -> int:
         FileExistsError: the output folder holds something already that is no earlier demo.
     """
     console = Console()
-    scale = options.scale or SCALE
+    company = _Company.installed()
+    machine, scale = replace(MACHINE, context=company.context), options.scale or company.scale
     folder = options.output.resolve()
     if folder.exists() and any(folder.iterdir()) and not (folder / ".metagpt-localllm-demo").exists():
         raise FileExistsError(f"{folder} is not empty; choose a new folder")
@@ -68,13 +89,13 @@ def run_demo(options: DemoOptions) -> int:
     log_file = folder / "metagpt.log"
     console.print(
         f"MetaGPT with [bold]{options.provider}[/] on a simulated 34B model "
-        f"({MACHINE.prefill_speed:g} tokens/s prefill, {MACHINE.decode_speed:g} decode, {MACHINE.context} context), "
+        f"({machine.prefill_speed:g} tokens/s prefill, {machine.decode_speed:g} decode, {machine.context} context), "
         f"{scale:g} times faster than real. Faults: {', '.join(FAULTS)}."
     )
     started = time.monotonic()
-    with SimulatorThread(MACHINE, scale=scale, faults=[parse_fault(text) for text in FAULTS]) as simulator:
+    with SimulatorThread(machine, scale=scale, faults=[parse_fault(text) for text in FAULTS]) as simulator:
         _write_config(folder / "home" / ".metagpt" / "config2.yaml", options.provider, simulator, scale)
-        status = _run_metagpt(options, folder, events_file, log_file, simulator, console)
+        status = _run_metagpt(options, company, folder, events_file, log_file, simulator, console)
         elapsed = time.monotonic() - started
         events = _read(events_file)
         project = _Project.read(folder / "workspace")
@@ -111,7 +132,8 @@ def _write_config(path: Path, provider: str, simulator: Simulator, scale: float)
 
 
 def _run_metagpt(
-    options: DemoOptions, folder: Path, events_file: Path, log_file: Path, simulator: Simulator, console: Console
+    options: DemoOptions, company: _Company, folder: Path, events_file: Path, log_file: Path, simulator: Simulator,
+    console: Console,
 ) -> Optional[int]:
     """Exit status of MetaGPT; None when it was ended for taking too long."""
     environment = {**os.environ, "HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"),
@@ -120,7 +142,8 @@ def _run_metagpt(
     environment.pop("METAGPT_LOCALLLM_DISABLE", None)
     if options.provider == "openai":
         environment["METAGPT_LOCALLLM_DISABLE"] = "1"
-    command = [sys.executable, "-W", "ignore", "-m", "metagpt_localllm._demo_child", options.idea, str(events_file)]
+    command = [sys.executable, "-W", "ignore", "-m", "metagpt_localllm._demo_child", options.idea, str(company.rounds),
+               str(events_file)]  # fmt: skip
     end = time.monotonic() + options.limit
     with log_file.open("wb") as log:
         output = None if options.verbose else log

@@ -33,6 +33,7 @@ __all__ = [
     "Tier",
     "Timeouts",
     "parse_duration",
+    "refuse_misplaced",
 ]
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -110,6 +111,26 @@ class _Section(BaseModel):
                 if key not in cls.model_fields:
                     raise _complain(cls.__name__, (str(key),), _unknown(str(key), cls), value[key])
         return value
+
+
+def refuse_misplaced(llm: Dict[str, Any], known: List[str]) -> None:
+    """Refuses keys of an ``llm`` block that MetaGPT would ignore although they were meant for it or for us.
+
+    Args:
+        llm: the block as written, with ``api_type: local_llm``.
+        known: the keys that MetaGPT knows there.
+
+    Raises:
+        pydantic.ValidationError: a key that belongs below ``local``, or a misspelling of a known one.
+    """
+    for key in map(str, llm):
+        if key in known:
+            continue
+        homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if homes or near:
+            hint = f"it belongs to '{homes[0]}'" if homes else f"did you mean '{near[0]}'?"
+            raise _complain("LLMConfig", (key,), f"there is no setting '{key}' here; {hint}", llm[key])
 
 
 def _unknown(key: str, section: type[_Section]) -> str:

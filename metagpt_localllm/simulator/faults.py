@@ -28,6 +28,7 @@ KINDS = {
     "error": "answers with an HTTP status, 500 unless given",
     "html": "answers 504 with a page of HTML, as a proxy does",
     "reset": "resets the connection before any answer",
+    "refuse": "crashes, refuses connections for a while, and then loads its model again",
     "truncate": "silently leaves out the middle of a long prompt, as Ollama does",
 }
 
@@ -42,7 +43,7 @@ class Fault:
         times: how many requests it strikes; None for all that follow.
         every: strikes only each so many requests from ``on``.
         after: tokens before it strikes, where it strikes in the stream.
-        duration: seconds it lasts (loading), before scaling.
+        duration: seconds it lasts (loading, refuse), before scaling.
         status: of ``error``.
         retry_after: seconds that ``busy`` asks for, as sent (not scaled).
         match: strikes only requests whose text holds this.

@@ -87,7 +87,7 @@ class Simulator:
         self._slots = asyncio.Semaphore(self.machine.slots)
         self._cache = PrefixCache(self.machine.slots)
         self._loaded_at = 0.0
-        self._started = time.monotonic()
+        self._restart: Optional[asyncio.Task[None]] = None
 
     @property
     def base_url(self) -> str:
@@ -110,6 +110,22 @@ class Simulator:
 
     async def go_down(self) -> None:
         """Stops as if killed: connections are cut, new ones refused. ``come_up`` starts it at the same port."""
+        if self._restart is not None:
+            self._restart.cancel()
+        await self._cut()
+
+    def crash(self, duration: float) -> None:
+        """Goes down at once, for ``duration`` simulated seconds."""
+
+        async def restart() -> None:
+            await self._cut()
+            self._cache = PrefixCache(self.machine.slots)
+            await self._sleep(duration)
+            await self.come_up()
+
+        self._restart = asyncio.create_task(restart())
+
+    async def _cut(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -372,6 +388,9 @@ class _Exchange:
             page = b"<html><head><title>504 Gateway Time-out</title></head><body>nginx</body></html>"
             await self._reply(504, page, kind="text/html")
         elif fault.kind == "reset":
+            self._reset()
+        elif fault.kind == "refuse":
+            self.sim.crash(fault.duration)
             self._reset()
         elif fault.kind == "empty":
             await self._start_stream()
