@@ -1,9 +1,11 @@
 """How many tokens a prompt has, estimated without a tokenizer and on the safe side. Pure.
 
 The rule must hold for tokenizers of very different vocabularies (32k of Llama 2 to 200k), for prose,
-code and Chinese. It counts, per run of characters: letters by 3, digits one by one, punctuation one
-by one, blanks by 4, and beyond ASCII by the bytes of their UTF-8 form (2 bytes: 1 token, 3 bytes,
-which is CJK: 2, 4 bytes: 4). ``tests/test_tokens.py`` checks it against real tokenizers.
+code and Chinese. It counts, per run of characters: letters of one case by 3 (a capital may lead), digits
+and punctuation one by one, blanks by 4, and beyond ASCII by the bytes of their UTF-8 form (2 bytes: 1
+token, 3 bytes, which is CJK: 2, 4 bytes: 4). ``tests/test_tokens.py`` checks it against real tokenizers;
+against Mistral's 32k, Claude's 65k, Tekken's 131k and Qwen's 150k it was 1.0 to 2.2 times the truth for
+prose, code and logs, up to 4 times for scripts that a large vocabulary knows well, and 0.75 for base64.
 """
 
 from __future__ import annotations
@@ -22,27 +24,40 @@ MESSAGE_TOKENS = 6
 #: One image. Servers take 256 (Gemma 3) to about 1,500 (Qwen2-VL at full size, LLaVA 1.6).
 IMAGE_TOKENS = 1500
 
-_RUNS = re.compile(r"[A-Za-z]+|[0-9]|[ \t]+|[\n\r]+|[!-/:-@\[-`{-~]|[^\x00-\x7f]+|[\x00-\x1f\x7f]")
+# A single blank belongs to what follows it, but for a digit.
+_RUNS = re.compile(
+    r" ?[A-Z]?[a-z]+| ?[A-Z]+|[0-9]| ?[!-/:-@\[-`{-~]| ?[^\x00-\x7f]+| +|\t|[\n\r]+|[\x00-\x1f\x7f]"
+)
 
 
 @lru_cache(maxsize=256)
 def estimate_text(text: str) -> TokenCount:
-    """Tokens of ``text``; an over-estimate for ordinary prose, code and CJK."""
+    """Tokens of ``text``; an over-estimate for ordinary prose, code, CJK, and what looks like noise."""
     tokens = 0
     for run in _RUNS.findall(text):
-        first = run[0]
+        first, size = run[0], len(run)
+        if first == " ":
+            if run.isspace():
+                tokens += (size + 3) // 4
+                continue
+            run = run[1:]
+            first, size = run[0], size - 1
         if "a" <= first <= "z" or "A" <= first <= "Z":
-            tokens += (len(run) + 2) // 3
-        elif first in " \t":
-            # One blank belongs to the word that follows it.
-            tokens += 0 if len(run) == 1 and first == " " else (len(run) + 3) // 4
+            tokens += (size + 2) // 3
         elif first in "\n\r":
-            tokens += (len(run) + 1) // 2
+            tokens += (size + 1) // 2
         elif first > "\x7f":
-            tokens += sum(1 if c < "\u0800" else 2 if c < "\U00010000" else 4 for c in run)
+            tokens += (sum(map(_quarters, run)) + 3) // 4
         else:
             tokens += 1
     return tokens
+
+
+def _quarters(character: str) -> int:
+    """Quarters of a token: by the length in UTF-8, and a little more for Hebrew and Arabic."""
+    if character < "\u0590":
+        return 4
+    return 5 if character < "\u0800" else 8 if character < "\U00010000" else 16
 
 
 def estimate_message(message: Mapping[str, Any]) -> TokenCount:

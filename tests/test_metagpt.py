@@ -1,10 +1,12 @@
 """MetaGPT itself, unchanged, on our provider."""
 
 import asyncio
-import inspect
+import contextlib
+from importlib import metadata
 
 import pytest
 from conftest import FAST, WORDS
+from metagpt import config2
 from metagpt.actions import Action
 from metagpt.actions.action_node import ActionNode
 from metagpt.configs.llm_config import LLMConfig, LLMType
@@ -12,12 +14,14 @@ from metagpt.context import Context
 from metagpt.provider.llm_provider_registry import create_llm_instance
 from metagpt.roles import Role
 from metagpt.schema import Message
+from metagpt.team import Team
 from pydantic import ValidationError
 from tenacity import RetryError
 
 from metagpt_localllm import errors, events
+from metagpt_localllm.cli import METAGPT_KEYS
 from metagpt_localllm.provider import LocalLLM
-from metagpt_localllm.simulator import Answer, Fault, SimulatorThread
+from metagpt_localllm.simulator import Answer, Fault, Machine, SimulatorThread, answers
 
 
 def make(server, **options):
@@ -25,6 +29,19 @@ def make(server, **options):
     return create_llm_instance(
         LLMConfig(api_type="local_llm", base_url=server.base_url, model=server.model, local=local, **options)
     )
+
+
+@contextlib.contextmanager
+def configured(server):
+    """MetaGPT's own configuration names the server."""
+    default = Context.model_fields["config"].default  # of 0.8.2; 1.0.0 has a factory, which keeps what it made
+    used = default if isinstance(default, config2.Config) else config2.Config.default()
+    before = used.llm
+    used.llm = LLMConfig(api_type="local_llm", base_url=server.base_url, model=server.model, local=FAST)
+    try:
+        yield
+    finally:
+        used.llm = before
 
 
 async def test_every_way_in_takes_the_same_path(simulator):
@@ -64,6 +81,53 @@ async def test_costs_are_token_counts(simulator):
         await llm.aask("hello")
         assert llm.get_costs().total_completion_tokens > before
         assert llm.get_costs().total_cost == 0
+
+
+async def test_stream_false_and_no_system_prompt_are_kept_to(simulator, capsys):
+    async with simulator() as server:
+        llm = make(server, stream=False)
+        llm.use_system_prompt = False
+        await llm.aask("hello")
+        assert WORDS not in capsys.readouterr().out
+        assert server.requests[-1]["messages"] == [{"role": "user", "content": "hello"}]
+        llm.use_system_prompt = True
+        await llm.aask("hello", system_msgs=["be brief"])
+        assert server.requests[-1]["messages"][0] == {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize("sees", [True, False])
+async def test_images_go_to_a_model_that_sees_them_and_only_there(simulator, sees):
+    # The simulated llama.cpp says that it sees nothing; a plain server does not say, and is believed to see.
+    async with simulator(dialect="plain" if sees else "llama.cpp", machine=Machine(1e6, 1e6, context=8192)) as server:
+        llm = make(server, context_length=8192)
+        await llm.aask("who are you?")
+        await llm.aask("what is it?", images=["aGVsbG8="])
+        content = server.requests[-1]["messages"][-1]["content"]
+    if sees:
+        assert [part["type"] for part in content] == ["text", "image_url"]
+    else:
+        assert content == "what is it?"
+
+
+async def test_a_proxy_is_used_when_it_is_set(simulator):
+    passed = []
+
+    async def proxy(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        passed.append(head.split(b"\r\n")[0].decode())
+        writer.write(b"HTTP/1.1 418 I'm a teapot\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    llm = create_llm_instance(
+        LLMConfig(api_type="local_llm", base_url="http://far.example/v1", model="m", local=FAST,
+                  proxy=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    )  # fmt: skip
+    with pytest.raises(errors.RequestRejected, match="418"):
+        await llm.aask("hello")
+    server.close()
+    assert "POST http://far.example/v1/chat/completions HTTP/1.1" in passed
 
 
 async def test_with_model_takes_effect(simulator):
@@ -111,12 +175,51 @@ async def test_the_calling_action_and_role_are_found_out(simulator):
     assert (sent.call.action, sent.call.role) == ("WriteCode", "Chief Engineer")
 
 
+async def test_a_team_runs_to_its_end(simulator):
+    async with simulator() as server:
+        role = Engineer()
+        role.llm = make(server)
+        role.actions[0].llm = role.llm
+        team = Team(context=Context(), use_mgx=False) if "use_mgx" in Team.model_fields else Team(context=Context())
+        team.hire([role])
+        team.invest(1)
+        team.run_project("go")
+        await team.run(n_round=2)
+        assert server.stats.completed == 1
+        assert any(WORDS in message.content for message in role.rc.memory.get())
+
+
+async def test_the_data_interpreters_growing_list_of_messages(simulator):
+    """Plan, code, run, code again: the messages of a task grow with each turn, and the notebook really runs."""
+    from metagpt.roles.di.data_interpreter import DataInterpreter
+
+    wrong = Answer(text="```python\nraise ValueError('the first try')\n```")
+
+    def answer(messages, tools):
+        right = answers.answer(messages, tools)
+        return wrong if "mean:" in right.text and "the first try" not in str(messages) else right
+
+    seen = []
+    unsubscribe = events.subscribe(seen.append)
+    async with simulator(Fault("stall", on=2), answer=answer, machine=Machine(1e6, 1e6, context=16384)) as server:
+        with configured(server):  # WritePlan takes the configured provider, not the role's
+            role = DataInterpreter()
+            await role.run("Compute the mean of 3, 1 and 2")
+    unsubscribe()
+    actions = {event.call.action for event in seen if isinstance(event, events.Done)}
+    assert {"WritePlan", "WriteAnalysisCode"} <= actions
+    assert any(isinstance(event, events.Retry) for event in seen)
+    after_the_failure = [r["messages"] for r in server.requests if "the first try" in str(r["messages"])]
+    assert [m["role"] for m in after_the_failure[0]] == ["system", "user", "assistant", "user"]
+    assert all(task.is_success and "mean" in task.result for task in role.planner.plan.tasks)
+
+
 NODE = ActionNode(key="Answer", expected_type=str, instruction="Answer.", example="yes")
 
 
 async def fill(llm):
-    # 1.0.0 has renamed the parameter.
-    question = "req" if "req" in inspect.signature(NODE.fill).parameters else "context"
+    # 1.0.0 has renamed the parameter, and hides it from inspect.
+    question = "context" if metadata.version("metagpt").startswith("0.") else "req"
     return await NODE.fill(**{question: "what?"}, llm=llm)
 
 
@@ -175,6 +278,14 @@ def test_other_types_behave_as_before():
         LLMConfig(api_type="no_such_type")
 
 
+@pytest.mark.parametrize("key, hint", [("first_token", "local.timeouts.first_token"), ("locl", "'local'"), ("modle", "'model'")])
+def test_a_key_of_llm_that_metagpt_would_ignore_is_refused_when_it_was_meant_for_us(key, hint):
+    with pytest.raises(ValidationError, match=hint) as caught:
+        config2.Config(llm={"api_type": "local_llm", "model": "m", key: "3"})
+    assert f"llm.{key}" in str(caught.value)
+    config2.Config(llm={"api_type": "openai", "api_key": "k", key: "3"})
+
+
 def test_a_missing_model_is_named():
     with pytest.raises(ValueError, match=r"llm\.model"):
         create_llm_instance(LLMConfig(api_type="local_llm"))
@@ -186,6 +297,15 @@ def test_the_models_section_takes_it_too():
     models = ModelsConfig(models={"mine": {"api_type": "local_llm", "local": {"retry": {"attempts": 2}}}})
     assert models.models["mine"].local.retry.attempts == 2
     assert models.models["mine"].api_type is LLMType.LOCAL_LLM
+
+
+@pytest.mark.skipif("roles" not in config2.Config.model_fields, reason="MetaGPT 0.8.2 has no roles section")
+def test_the_roles_section_of_1_0_0_takes_it_too():
+    config = config2.Config(
+        llm={"api_type": "openai", "api_key": "k"},
+        roles=[{"role": "Engineer", "llm": {"api_type": "local_llm", "model": "m", "local": {"retry": {"attempts": 3}}}}],
+    )
+    assert config.roles[0].llm.local.retry.attempts == 3
 
 
 # ------------------------------------------------------------------------------------------- its internals
@@ -206,3 +326,4 @@ def test_the_parts_of_metagpt_that_we_touch_are_where_we_expect_them():
                  "calc_usage", "stream", "local"):  # fmt: skip
         assert name in LLMConfig.model_fields, name
     assert hasattr(ActionNode._aask_v1, "retry"), "ActionNode no longer retries with tenacity"
+    assert set(LLMConfig.model_fields) <= {*METAGPT_KEYS, "local"}, "the check would take a key of MetaGPT's for a mistake"

@@ -1,0 +1,145 @@
+"""The table of failures: what servers really answer, and what may follow."""
+
+import json
+import socket
+import ssl
+
+import httpx
+import pytest
+
+from metagpt_localllm import errors
+from metagpt_localllm.failures import Kind, from_error_body, from_exception, from_response
+
+REQUEST = httpx.Request("POST", "http://localhost:8080/v1/chat/completions")
+LLAMA_OVERFLOW = {"code": 400, "message": "request (3286 tokens) exceeds the available context size (2048 tokens), try "
+                  "increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": 3286, "n_ctx": 2048}  # fmt: skip
+OLLAMA_OVERFLOW = {"message": json.dumps({"error": LLAMA_OVERFLOW}), "type": "invalid_request_error"}
+
+#: status, body, kind, error, (window, prompt tokens)
+TABLE = [
+    # llama.cpp
+    (503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}, Kind.LOADING,
+     errors.ServerUnavailable, (None, None)),
+    (400, {"error": LLAMA_OVERFLOW}, Kind.OVERFLOW, errors.ContextOverflow, (2048, 3286)),
+    (500, {"error": {"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}}, Kind.TRANSIENT,
+     errors.ServerFailed, (None, None)),
+    (500, {"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}, Kind.TRANSIENT,
+     errors.ServerFailed, (None, None)),
+    (401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}}, Kind.FATAL,
+     errors.AccessDenied, (None, None)),
+    (404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}, Kind.FATAL,
+     errors.ModelNotFound, (None, None)),
+    (400, {"error": {"code": 400, "message": "model 'x' not found", "type": "invalid_request_error"}}, Kind.FATAL,
+     errors.ModelNotFound, (None, None)),
+    (400, {"error": {"code": 400, "message": "'messages' is required", "type": "invalid_request_error"}}, Kind.FATAL,
+     errors.RequestRejected, (None, None)),
+    # ik_llama.cpp
+    (500, {"error": {"message": "Input prompt is too big compared to KV size. Please try increasing KV size."}},
+     Kind.OVERFLOW, errors.ContextOverflow, (None, None)),
+    # Ollama
+    (503, {"error": {"message": "server busy, please try again.  maximum pending requests exceeded", "type": "api_error"}},
+     Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (404, {"error": {"message": 'model "llama9" not found, try pulling it first', "type": "api_error"}}, Kind.FATAL,
+     errors.ModelNotFound, (None, None)),
+    (500, {"error": {"message": "model runner has unexpectedly stopped, this may be due to resource limitations"}},
+     Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (400, {"error": OLLAMA_OVERFLOW}, Kind.OVERFLOW, errors.ContextOverflow, (2048, 3286)),
+    # LM Studio
+    (400, {"error": "The number of tokens to keep from the initial prompt is greater than the context length "
+                    "(n_keep: 13055>= n_ctx: 4096)."}, Kind.OVERFLOW, errors.ContextOverflow, (4096, 13055)),
+    (400, {"error": {"message": "Trying to keep the first 9000 tokens when context the overflows. However, the model is "
+                                "loaded with context length of only 4096 tokens"}}, Kind.OVERFLOW,
+     errors.ContextOverflow, (4096, None)),
+    (404, {"error": {"message": "No models loaded. Please load a model in the developer page"}}, Kind.FATAL,
+     errors.ModelNotFound, (None, None)),
+    (400, {"error": {"message": "No models loaded. Please load a model", "type": "invalid_request_error"}}, Kind.FATAL,
+     errors.ModelNotFound, (None, None)),
+    # vLLM
+    (400, {"error": {"message": "This model's maximum context length is 4096 tokens. However, you requested 4000 output "
+                                "tokens and your prompt contains 3279 input tokens, for a total of 7279 tokens.",
+                     "type": "BadRequestError", "param": "input_tokens", "code": 400}}, Kind.OVERFLOW,
+     errors.ContextOverflow, (4096, 3279)),
+    (404, {"error": {"message": "The model `none` does not exist. Valid aliases: m.", "type": "NotFoundError"}},
+     Kind.FATAL, errors.ModelNotFound, (None, None)),
+    # llama-cpp-python
+    (400, {"error": {"message": "This model's maximum context length is 2048 tokens. However, you requested 3286 tokens",
+                     "code": "context_length_exceeded"}}, Kind.OVERFLOW, errors.ContextOverflow, (2048, None)),
+    # transformers
+    (422, {"detail": "Unexpected fields in the request: {'return_progress'}"}, Kind.STRICT, errors.RequestRejected,
+     (None, None)),
+    # anything
+    (429, {"error": "slow down"}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (408, {}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (425, {}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (502, {}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (403, {}, Kind.FATAL, errors.AccessDenied, (None, None)),
+    (422, {"detail": "bad"}, Kind.FATAL, errors.RequestRejected, (None, None)),
+]
+
+
+@pytest.mark.parametrize("status, body, kind, error, sizes", TABLE)
+def test_each_answer_has_its_class(status, body, kind, error, sizes):
+    text = json.dumps(body)
+    failure = from_response(httpx.Response(status, request=REQUEST, text=text), text)
+    assert (failure.kind, failure.error) == (kind, error)
+    assert (failure.window, failure.prompt_tokens) == sizes
+    assert failure.remedy or failure.kind in (Kind.TRANSIENT, Kind.STRICT)
+
+
+def test_a_page_of_html_is_a_proxys():
+    page = "<html><title>504 Gateway Time-out</title></html>"
+    response = httpx.Response(504, request=REQUEST, text=page, headers={"content-type": "text/html"})
+    failure = from_response(response, page)
+    assert failure.kind is Kind.TRANSIENT and "proxy" in failure.what and "title" not in failure.what
+
+
+@pytest.mark.parametrize("header, seconds", [("3", 3.0), ("0.5", 0.5), ("soon", None), ("-1", None), ("inf", None)])
+def test_retry_after_counts_when_it_is_a_number_of_seconds(header, seconds):
+    response = httpx.Response(429, request=REQUEST, headers={"retry-after": header})
+    assert from_response(response, "").retry_after == seconds
+
+
+def test_an_error_inside_a_stream_is_classified_by_its_code():
+    assert from_error_body({"error": LLAMA_OVERFLOW}, REQUEST).kind is Kind.OVERFLOW
+    failure = from_error_body({"error": {"message": "EngineCore died", "type": "InternalServerError"}}, REQUEST)
+    assert failure.kind is Kind.TRANSIENT and "EngineCore died" in failure.what
+    assert from_error_body({"error": "text"}, REQUEST).kind is Kind.TRANSIENT
+
+
+def refused():
+    error = httpx.ConnectError("All connection attempts failed")
+    error.__cause__ = ConnectionRefusedError(111, "refused")
+    return error
+
+
+def unknown_host():
+    error = httpx.ConnectError("[Errno -2] Name or service not known")
+    error.__cause__ = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return error
+
+
+def not_tls():
+    error = httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER]")
+    error.__cause__ = ssl.SSLError("wrong version number")
+    return error
+
+
+@pytest.mark.parametrize(
+    "raised, began, kind, error, setting",
+    [
+        (refused(), False, Kind.NOT_UP, errors.ServerUnavailable, "llm.local.retry.wait_for_server"),
+        (httpx.ConnectTimeout(""), False, Kind.NOT_UP, errors.ServerUnavailable, "llm.local.retry.wait_for_server"),
+        (unknown_host(), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
+        (not_tls(), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
+        (httpx.UnsupportedProtocol("no protocol"), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
+        (httpx.RemoteProtocolError("Server disconnected"), False, Kind.TRANSIENT, errors.ConnectionLost,
+         "llm.local.retry.attempts"),
+        (httpx.RemoteProtocolError("peer closed connection"), True, Kind.TRANSIENT, errors.IncompleteStream,
+         "llm.local.retry.attempts"),
+        (httpx.ReadError(""), True, Kind.TRANSIENT, errors.IncompleteStream, "llm.local.retry.attempts"),
+    ],
+)  # fmt: skip
+def test_each_exception_of_httpx_has_its_class(raised, began, kind, error, setting):
+    failure = from_exception(raised, "http://localhost:1/v1", began)
+    assert (failure.kind, failure.error, failure.setting) == (kind, error, setting)
+    assert failure.cause is raised
