@@ -193,11 +193,11 @@ async def test_the_data_interpreters_growing_list_of_messages(simulator):
     """Plan, code, run, code again: the messages of a task grow with each turn, and the notebook really runs."""
     from metagpt.roles.di.data_interpreter import DataInterpreter
 
-    wrong = Answer(text="```python\nraise ValueError('the first try')\n```")
-
     def answer(messages, tools):
-        right = answers.answer(messages, tools)
-        return wrong if "mean:" in right.text and "the first try" not in str(messages) else right
+        if "the first try" in str(messages):
+            return Answer(text="```python\nprint('mean:', sum([3, 1, 2]) / 3)\n```")
+        usual = answers.answer(messages, tools)
+        return Answer(text="```python\nraise ValueError('the first try')\n```") if "mean:" in usual.text else usual
 
     seen = []
     unsubscribe = events.subscribe(seen.append)
