@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any, Mapping, Optional
 
@@ -9,6 +10,10 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion
 
 __all__ = ["Answer"]
+
+
+#: vLLM aborts, Ollama loads or unloads, gateways report errors: words of failure where others say "stop".
+_FAILED = frozenset({"error", "abort", "aborted", "cancelled", "load", "unload"})
 
 
 class Answer:
@@ -33,6 +38,12 @@ class Answer:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._tool_calls: dict[int, dict[str, Any]] = {}
+        self._moved: dict[int, int] = {}
+
+    @property
+    def failed(self) -> bool:
+        """Whether the finish_reason says that the server gave up rather than that the model was done."""
+        return self.finish_reason in _FAILED
 
     @property
     def content(self) -> str:
@@ -47,9 +58,10 @@ class Answer:
 
         Chunks of unexpected shape carry nothing. A role, an empty text or an empty delta is no token.
         """
-        choices = chunk.get("choices")
-        if not choices:
+        if not self._id or "usage" in chunk or "timings" in chunk or "prompt_progress" in chunk:
             self._take_totals(chunk)
+        choices = chunk.get("choices")
+        if not choices or self.finish_reason is not None:
             return False, ""
         choice = choices[0]
         delta = choice.get("delta") or choice.get("message") or {}
@@ -69,8 +81,6 @@ class Answer:
         reason = choice.get("finish_reason")
         if reason:
             self.finish_reason = str(reason)
-        if len(chunk) > 5:  # id, object, created, model, choices: anything more may be totals
-            self._take_totals(chunk)
         if token:
             self.tokens += 1
         return token, text
@@ -88,10 +98,18 @@ class Answer:
     def _take_tool_call(self, position: int, part: Mapping[str, Any]) -> bool:
         index = part.get("index")
         index = index if isinstance(index, int) else position
+        identity = str(part.get("id") or "")
+        given, index = index, self._moved.get(index, index)
+        known = self._tool_calls.get(index)
+        if known is not None and known["id"] and identity and identity != known["id"]:
+            # A server that gives all its calls the same index.
+            index = self._moved[given] = max(self._tool_calls) + 1
         call = self._tool_calls.setdefault(index, {"id": "", "type": "function", "name": "", "arguments": []})
         function = part.get("function") or {}
-        call["id"] = call["id"] or part.get("id") or ""
-        name, arguments = function.get("name") or "", function.get("arguments") or ""
+        call["id"] = call["id"] or identity
+        name, arguments = str(function.get("name") or ""), function.get("arguments") or ""
+        if not isinstance(arguments, str):  # an object instead of its JSON
+            arguments = json.dumps(arguments, ensure_ascii=False)
         # Some servers repeat the whole name in every chunk, others split it.
         if name and name != call["name"]:
             call["name"] += name
@@ -120,8 +138,14 @@ class Answer:
 
         prompt = count("prompt_tokens", estimated_prompt)
         completion = count("completion_tokens", estimated_answer)
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
         return CompletionUsage(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            # openai 1.39, which 0.8.2 pins, does not know the field, and keeps it all the same.
+            **({"prompt_tokens_details": {"cached_tokens": cached}} if isinstance(cached, int) else {}),
         )
 
     def completion(self, model: str, usage: CompletionUsage) -> ChatCompletion:
@@ -161,5 +185,5 @@ class Answer:
 
 
 def _known_reason(reason: Optional[str]) -> str:
-    """openai's type takes only its own words; servers have more (``eos``, ``load``, ``abort``)."""
+    """openai's type takes only its own words; servers have more (``eos``, ``eos_token``, ``end_turn``)."""
     return reason if reason in ("stop", "length", "tool_calls", "content_filter", "function_call") else "stop"

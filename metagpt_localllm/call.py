@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Callable, Mapping, NoReturn, Optional, Union
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, NoReturn, Optional
 
 import anyio
 import httpx
@@ -22,13 +23,13 @@ from tenacity import RetryCallState, wait_random_exponential
 
 from metagpt_localllm import errors, events, failures, servers
 from metagpt_localllm.answer import Answer
-from metagpt_localllm.deadlines import Deadlines, plan_deadlines
+from metagpt_localllm.deadlines import plan_deadlines
 from metagpt_localllm.events import CallInfo
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import BackOff, CallLife, GiveUp, Phase, SendAgain, WaitForServer
 from metagpt_localllm.servers import Server
 from metagpt_localllm.settings import Backoff, LocalSettings
-from metagpt_localllm.sse import EventTooLarge, SSEDecoder
+from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from metagpt_localllm.tiers import Caller, choose_tier
 from metagpt_localllm.tokens import MESSAGE_TOKENS, estimate_message, estimate_prompt, estimate_text
 from metagpt_localllm.transport import Endpoint, client_for
@@ -39,7 +40,11 @@ __all__ = ["DEFAULT_WINDOW", "Call", "Outcome", "complete"]
 #: Tokens assumed where neither the server nor the configuration names the context window.
 DEFAULT_WINDOW = 4096
 
+#: Bytes of an error's body that are read.
+_MAX_ERROR_BYTES = 1 << 20
+
 _numbers = itertools.count(1)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,40 @@ class _Prompt:
 
     content: bytes
     tokens: int
-    fitted: Optional[Fitted] = None
+    estimate: int
 
 
-@dataclass
-class _Measure:
-    """How the estimate of tokens relates to what the server counts, and how large its window is."""
+class _Run:
+    """What the steps of one call share."""
 
-    window: int
-    scale: float = 1.0
+    def __init__(self, call: Call) -> None:
+        settings, endpoint, tools = call.settings, call.endpoint, call.body.get("tools")
+        self.call = call
+        self.estimate = estimate_prompt(call.body["messages"], tools)
+        tier = choose_tier(
+            settings.tiers, call.caller, model=endpoint.model, prompt_tokens=self.estimate, has_tools=bool(tools)
+        )
+        self.deadlines = plan_deadlines(settings.timeouts, tier, call.attempt_cap)
+        backoff = settings.retry.backoff
+        self.life = CallLife(
+            self.deadlines,
+            attempts=settings.retry.attempts,
+            wait_for_server=settings.retry.wait_for_server,
+            backoff=_full_jitter(backoff),
+            poll=(backoff.initial, backoff.max),
+            now=anyio.current_time(),
+            call_timeout=call.call_timeout,
+        )
+        self.info = CallInfo(next(_numbers), endpoint.model, call.caller, self.deadlines.tier)
+        self.answer = Answer()
+        self.counts = True  # until a count of the server's has failed
+
+    def show(self, text: str) -> None:
+        """Shows text to whoever streams. What goes wrong there (a console that cannot encode it) is no fault of the answer."""
+        try:
+            self.call.show(text)
+        except Exception:
+            _log.debug("the answer could not be shown", exc_info=True)
 
 
 async def complete(call: Call) -> Outcome:
@@ -100,140 +130,155 @@ async def complete(call: Call) -> Outcome:
     Raises:
         LocalLLMError: one of its subclasses, when the attempts, the time or the remedies are used up.
     """
-    settings, endpoint = call.settings, call.endpoint
-    identified = await servers.identify(endpoint)
-    estimate = estimate_prompt(call.body["messages"], call.body.get("tools"))
-    tier = choose_tier(
-        settings.tiers, call.caller, model=endpoint.model, prompt_tokens=estimate, has_tools=bool(call.body.get("tools"))
-    )
-    deadlines = plan_deadlines(settings.timeouts, tier, call.attempt_cap)
-    life = CallLife(
-        deadlines,
-        attempts=settings.retry.attempts,
-        wait_for_server=settings.retry.wait_for_server,
-        backoff=_full_jitter(settings.retry.backoff),
-        now=anyio.current_time(),
-        call_timeout=call.call_timeout,
-    )
-    info = CallInfo(next(_numbers), endpoint.model, call.caller, deadlines.tier)
+    run = _Run(call)
+    with anyio.CancelScope(deadline=run.life.call_end):
+        return await _until_whole(run)
+    _give_up(run, run.life.expire(anyio.current_time()))
+
+
+async def _until_whole(run: _Run) -> Outcome:
+    call, life = run.call, run.life
+    identified = await servers.identify(call.endpoint)
     if identified.hung:
         life.spend_attempt()
-    measure = _Measure(_window(call, identified.server))
-    answer = Answer()
-    prompt = await _prepare(call, info, identified.server, measure, life)
+    prompt = await _prepare(run, identified.server)
 
     while True:
         life.send(anyio.current_time())
-        events.publish(events.Sent(info, life.attempt, prompt.tokens))
-        answer = Answer()
-        failure = await _attempt(call, deadlines, prompt.content, life, answer)
+        events.publish(events.Sent(run.info, life.attempt, prompt.tokens))
+        run.answer = Answer()
+        failure = await _attempt(run, prompt.content)
         if failure is None:
-            break
+            try:
+                outcome = _outcome(run, prompt)
+                break
+            except (ValueError, TypeError) as error:
+                failure = _broken(f"the answer is no chat completion ({type(error).__name__})")
         step = life.fail(failure, anyio.current_time())
         if isinstance(step, GiveUp):
-            _give_up(call, info, life, step.failure, deadlines, answer)
-        if answer.content:
-            call.show("\n[the answer broke off; trying again]\n")
+            _give_up(run, step.failure)
+        if run.answer.content:
+            run.show("\n[the answer broke off; trying again]\n")
         if isinstance(step, BackOff):
-            events.publish(events.Retry(info, life.attempt, failure.error.__name__, failure.what, step.delay))
+            events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, step.delay))
             await anyio.sleep(step.delay)
         elif isinstance(step, WaitForServer):
-            limit = step.until - anyio.current_time()
-            events.publish(events.Waiting(info, failure.what, limit))
-            if not await servers.wait_until_up(endpoint, step.until, settings.retry.backoff.initial):
-                given_up = life.waited_in_vain(_waited(failure, settings), anyio.current_time())
-                _give_up(call, info, life, given_up.failure, deadlines, answer)
-            identified = await servers.identify(endpoint)
-            measure.window = _window(call, identified.server)
-            prompt = await _prepare(call, info, identified.server, measure, life)
+            events.publish(events.Waiting(run.info, failure.what, step.until - anyio.current_time()))
+            if not await servers.wait_until_up(call.endpoint, step.until, step.pause):
+                _give_up(run, life.waited_in_vain(failure, anyio.current_time()).failure)
+            servers.forget(call.endpoint, restarted=True)
+            prompt = await _prepare(run, (await servers.identify(call.endpoint)).server)
         elif isinstance(step, SendAgain):
-            events.publish(events.Retry(info, life.attempt, failure.error.__name__, failure.what, 0.0))
+            events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, 0.0))
             if failure.kind is Kind.STRICT:
-                servers.mark_strict(endpoint)
+                servers.mark_strict(call.endpoint)
             else:
-                _learn(measure, failure, prompt, estimate)
-            prompt = await _prepare(call, info, identified.server, measure, life)
+                _learn(call, failure, prompt)
+                servers.forget(call.endpoint)
+            prompt = await _prepare(run, (await servers.identify(call.endpoint)).server)
 
     life.whole()
-    call.show("\n")
-    usage = answer.completion_usage(prompt.tokens, estimate_text(answer.content) + estimate_text(answer.reasoning))
+    run.show("\n")
+    usage = outcome.usage
     events.publish(
         events.Done(
-            info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(answer.finish_reason),
+            run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(run.answer.finish_reason),
             life.ttft, anyio.current_time() - life.started,
         )
     )  # fmt: skip
-    return Outcome(answer.content, answer.reasoning, answer.completion(endpoint.model, usage), usage)
+    return outcome
+
+
+def _outcome(run: _Run, prompt: _Prompt) -> Outcome:
+    answer = run.answer
+    usage = answer.completion_usage(prompt.tokens, estimate_text(answer.content) + estimate_text(answer.reasoning))
+    return Outcome(answer.content, answer.reasoning, answer.completion(run.call.endpoint.model, usage), usage)
 
 
 # ------------------------------------------------------------------------------------------ the context
 
 
-def _window(call: Call, server: Server) -> int:
+def _window(call: Call, server: Server) -> Optional[int]:
+    """Tokens; None where the server did not even answer the question, so that nothing is cut on a guess."""
     configured = call.settings.context.window
+    window: Optional[int]
     if configured != "auto":
-        return configured
-    return server.window or call.context_length or DEFAULT_WINDOW
+        window = configured
+    else:
+        window = server.window or call.context_length or (None if server is servers.UNKNOWN else DEFAULT_WINDOW)
+    taught = servers.learned(call.endpoint).window
+    return window if taught is None else min(taught, window or taught)
 
 
 def window_is_a_guess(call: Call) -> bool:
     """Whether nobody has said how large the context window is."""
     server = servers.known(call.endpoint)
-    return call.settings.context.window == "auto" and not (server and server.window) and not call.context_length
+    return (
+        call.settings.context.window == "auto" and server is not None and not server.window
+        and not call.context_length and servers.learned(call.endpoint).window is None
+    )  # fmt: skip
 
 
-async def _prepare(call: Call, info: CallInfo, server: Server, measure: _Measure, life: CallLife) -> _Prompt:
+async def _prepare(run: _Run, server: Server) -> _Prompt:
     """Fits the messages into the window less the reserve, and ``max_tokens`` into what remains."""
-    body = dict(call.body)
-    wanted = int(body.pop("max_tokens", None) or measure.window // 4)
-    configured = call.settings.context.reserve
-    reserve = min(wanted, measure.window // 4) if configured == "auto" else configured
-    budget = measure.window - reserve
-    fitted: Optional[Fitted] = None
+    call, body = run.call, dict(run.call.body)
+    window, scale = _window(call, server), servers.learned(call.endpoint).scale
+    wanted = int(body.pop("max_tokens", None) or (window or DEFAULT_WINDOW) // 4)
+    estimate, tokens = run.estimate, math.ceil(run.estimate * scale)
     # No token is shorter than a byte, so most prompts need no counting.
-    tokens = _bytes_bound(body)
-    if measure.scale != 1.0 or tokens + wanted > measure.window:
-        estimate = estimate_prompt(body["messages"], body.get("tools"))
-        counted = await servers.count_tokens(server, call.endpoint, body)
-        tokens = counted if counted is not None else math.ceil(estimate * measure.scale)
+    if window is not None and (scale != 1.0 or _bytes_bound(body) + wanted > window):
+        configured = call.settings.context.reserve
+        reserve = min(wanted, window // 4) if configured == "auto" else configured
+        budget = window - reserve
+        counted = await _count(run, server, body)
+        tokens = counted if counted is not None else tokens
         if tokens > budget:
-            fitted, tokens = await _trim(call, server, body, budget, tokens / estimate)
+            fitted, tokens = await _trim(run, server, body, budget, tokens / estimate)
             body["messages"] = fitted.messages
+            estimate = estimate_prompt(fitted.messages, body.get("tools"))
             events.publish(
-                events.Trimmed(
-                    info, fitted.dropped, fitted.shortened, fitted.removed_tokens, tokens, measure.window
-                )
-            )  # fmt: skip
+                events.Trimmed(run.info, fitted.dropped, fitted.shortened, fitted.removed_tokens, tokens, window)
+            )
             if tokens > budget:
-                _refuse(call, info, life, tokens, budget, measure.window, reserve)
-    else:
-        tokens = estimate_prompt(body["messages"], body.get("tools"))
-    body["max_tokens"] = max(1, min(wanted, measure.window - tokens))
+                if not window_is_a_guess(call):
+                    _refuse(run, tokens, budget, window, reserve)
+                window = None  # let the server decide
+    body["max_tokens"] = wanted if window is None else max(1, min(wanted, window - tokens))
     body["stream"] = True
     if not servers.is_strict(call.endpoint):
         body["stream_options"] = {"include_usage": True}
         body.update(server.extras)
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
-    return _Prompt(content, tokens, fitted)
+    return _Prompt(content, tokens, estimate)
 
 
-async def _trim(call: Call, server: Server, body: dict[str, Any], budget: int, scale: float) -> tuple[Fitted, int]:
+async def _count(run: _Run, server: Server, body: Mapping[str, Any]) -> Optional[int]:
+    """The server's own count; None where it does not count, or has just failed to."""
+    if not run.counts:
+        return None
+    counted = await servers.count_tokens(server, run.call.endpoint, body)
+    run.counts = counted is not None
+    return counted
+
+
+async def _trim(
+    run: _Run, server: Server, body: Mapping[str, Any], budget: int, scale: float
+) -> tuple[Fitted, int]:
     """Trims by the scaled estimate, and checks by the server's count where there is one."""
-    messages = body["messages"]
-    target = budget
-    for _ in range(3):
-        frame = MESSAGE_TOKENS + (estimate_prompt([], body["tools"]) if body.get("tools") else 0)
+    frame = estimate_prompt([], body.get("tools"))
+    for _ in range(4):
 
         def count(message: Mapping[str, Any], scale: float = scale) -> int:
             return math.ceil(estimate_message(message) * scale)
 
-        fitted = fit(messages, target - math.ceil(frame * scale), count)
-        trimmed = {**body, "messages": fitted.messages}
-        counted = await servers.count_tokens(server, call.endpoint, trimmed)
-        tokens = counted if counted is not None else fitted.tokens + math.ceil(frame * scale)
+        fitted = fit(body["messages"], budget - math.ceil(frame * scale), count)
+        estimated = fitted.tokens + math.ceil(frame * scale)
+        counted = await _count(run, server, {**body, "messages": fitted.messages})
+        tokens = counted if counted is not None else estimated
         if tokens <= budget or not fitted.fits:
             break
-        target -= tokens - budget
+        # What remains is denser than the whole was: estimate it by its own measure.
+        scale *= 1.01 * tokens / estimated
     return fitted, tokens
 
 
@@ -248,128 +293,149 @@ def _bytes_bound(body: Mapping[str, Any]) -> int:
     return total if not body.get("tools") else 1 << 60
 
 
-def _learn(measure: _Measure, failure: Failure, prompt: _Prompt, estimate: int) -> None:
-    """What an overflow tells: the server's window and its count, or at least that ours was too low."""
+def _learn(call: Call, failure: Failure, prompt: _Prompt) -> None:
+    """What an overflow teaches: the server's window and its count, or at least that ours was too low."""
+    taught = servers.learned(call.endpoint)
+    news = failure.window is not None and failure.window != taught.window
     if failure.window is not None:
-        measure.window = min(failure.window, measure.window)
-    before = estimate - (prompt.fitted.removed_tokens if prompt.fitted else 0)
-    if failure.prompt_tokens is not None and before > 0:
-        measure.scale = max(measure.scale, failure.prompt_tokens / before)
-    elif failure.window is None:
-        measure.scale *= 1.5
-    if measure.scale == 1.0:
-        measure.scale = 1.0001  # so that the prompt is counted this time
+        taught.window = failure.window
+    if failure.prompt_tokens is not None and prompt.estimate > 0:
+        taught.scale = max(taught.scale, failure.prompt_tokens / prompt.estimate)
+    elif not news:
+        taught.scale *= 1.5
+    if taught.scale == 1.0:
+        taught.scale = 1.0001  # so that the prompt is counted from now on
 
 
-def _refuse(
-    call: Call, info: CallInfo, life: CallLife, tokens: int, budget: int, window: int, reserve: int
-) -> NoReturn:
+def _refuse(run: _Run, tokens: int, budget: int, window: int, reserve: int) -> NoReturn:
     what = (
         f"the prompt has {tokens:,} tokens even when trimmed, and the context window of {window:,} "
         f"leaves {budget:,} beside {reserve:,} reserved for the answer"
     )
     remedy = "Load the model with a larger context, or ask for shorter answers (llm.max_token)."
-    failure = Failure(Kind.FATAL, errors.ContextOverflow, what, remedy, "llm.local.context.window")
-    deadlines = Deadlines(0, 0, 0, 0, info.tier, {})
-    _give_up(call, info, life, failure, deadlines, Answer())
+    _give_up(run, Failure(Kind.FATAL, errors.ContextOverflow, what, remedy, "llm.local.context.window"))
 
 
 # ------------------------------------------------------------------------------------------ one attempt
 
 
-async def _attempt(
-    call: Call, deadlines: Deadlines, content: bytes, life: CallLife, answer: Answer
-) -> Optional[Failure]:
+async def _attempt(run: _Run, content: bytes) -> Optional[Failure]:
     """Sends the request and reads the answer; None when it is whole. The connection is closed whatever happens."""
     failure: Optional[Failure] = None
-    timeout = httpx.Timeout(None, connect=deadlines.connect)
-    endpoint = call.endpoint
+    endpoint, answer, life = run.call.endpoint, run.answer, run.life
+    timeout = httpx.Timeout(None, connect=run.deadlines.connect)
     with anyio.CancelScope(deadline=life.deadline) as scope:
         try:
             async with client_for(endpoint).stream(
                 "POST", endpoint.chat_url, content=content, headers=endpoint.headers, timeout=timeout
             ) as response:
+                # What may end up in an error has neither the key nor the prompt.
+                bare = httpx.Response(response.status_code, headers=response.headers, request=_request(endpoint))
                 kind = response.headers.get("content-type", "")
                 if response.status_code != 200:
-                    await response.aread()
-                    failure = failures.from_response(response, response.text)
+                    failure = failures.from_response(bare, await _read(response, _MAX_ERROR_BYTES))
                 elif "json" in kind or "html" in kind:
-                    await response.aread()
-                    failure = _take_whole(call, response, life, answer)
+                    failure = _take_whole(run, await _read(response, MAX_EVENT_BYTES), bare)
                 else:
-                    failure = await _take_stream(call, response, life, answer, scope)
+                    failure = await _take_stream(run, response, bare, scope)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            failure = failures.from_exception(error, endpoint.base_url, answer.tokens > 0)
+            failure = failures.from_exception(error, endpoint.address, answer.tokens > 0)
     if scope.cancelled_caught:
         failure = life.expire(anyio.current_time())
     # What comes after the finish_reason (usage, [DONE]) is welcome, but the answer does not hang on it.
-    return None if answer.finish_reason is not None else failure
+    return _end(answer, "the answer ended") if answer.finish_reason is not None else failure
+
+
+def _request(endpoint: Endpoint) -> httpx.Request:
+    return httpx.Request("POST", endpoint.address.rstrip("/") + "/chat/completions")
+
+
+async def _read(response: httpx.Response, limit: int) -> str:
+    """A body as text, of at most ``limit`` bytes."""
+    body = bytearray()
+    async for portion in response.aiter_bytes():
+        body += portion
+        if len(body) > limit:
+            break
+    return bytes(body[:limit]).decode("utf-8", "replace")
 
 
 async def _take_stream(
-    call: Call, response: httpx.Response, life: CallLife, answer: Answer, scope: anyio.CancelScope
+    run: _Run, response: httpx.Response, bare: httpx.Response, scope: anyio.CancelScope
 ) -> Optional[Failure]:
-    decoder = SSEDecoder()
-    add, show, loads = answer.add, call.show, json.loads
-    try:
-        async for portion in response.aiter_raw():
-            now = anyio.current_time()
-            for data in decoder.feed(portion):
-                if data == b"[DONE]":
-                    return _cut_short(answer, "the stream ended with [DONE]")
-                chunk = loads(data)
-                if not isinstance(chunk, dict):
-                    continue
-                if chunk.get("error"):
-                    return failures.from_error_body(chunk, response.request)
-                is_token, text = add(chunk)
-                if is_token:
-                    life.token(now)
-                    if text:
-                        show(text)
-                elif answer.progress is not None and life.phase is not Phase.DECODING:
-                    life.progress(answer.progress[0], now)
-            life.comments = decoder.comments
-            scope.deadline = life.deadline
-        for data in decoder.close():
-            if data != b"[DONE]":
-                chunk = loads(data)
-                if isinstance(chunk, dict) and chunk.get("error"):
-                    return failures.from_error_body(chunk, response.request)
-                if isinstance(chunk, dict):
-                    show(add(chunk)[1])
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, EventTooLarge) as error:
-        return _broken(f"the stream holds something that is no chat chunk ({error})")
-    return _cut_short(answer, "the stream ended")
+    life, answer, decoder = run.life, run.answer, SSEDecoder()
+    # Undecoded where possible: a decompressor costs time and may hold tokens back.
+    portions = response.aiter_bytes() if "content-encoding" in response.headers else response.aiter_raw()
+    async for portion in portions:
+        now = anyio.current_time()
+        try:
+            events_data = decoder.feed(portion)
+        except EventTooLarge as error:
+            return _broken(str(error))
+        for data in events_data:
+            if data == b"[DONE]":
+                return _end(answer, "the stream ended with [DONE]")
+            failure = _take_event(run, data, bare, now)
+            if failure is not None:
+                return failure
+        life.comments = decoder.comments
+        scope.deadline = life.deadline
+    for data in decoder.close():
+        if data != b"[DONE]":
+            failure = _take_event(run, data, bare, anyio.current_time())
+            if failure is not None:
+                return failure
+    return _end(answer, "the stream ended")
 
 
-def _take_whole(call: Call, response: httpx.Response, life: CallLife, answer: Answer) -> Optional[Failure]:
-    """A server that ignores ``stream`` and answers with one JSON object."""
+def _take_event(run: _Run, data: bytes, bare: httpx.Response, now: float) -> Optional[Failure]:
+    """One event of a stream, or the one object of an answer that is none."""
+    answer, life = run.answer, run.life
     try:
-        body: Any = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        text = response.text
-        if "html" in response.headers.get("content-type", "") or text.lstrip()[:1] == "<":
-            return Failure(
-                Kind.FATAL, errors.ModelNotFound, f"{call.endpoint.chat_url} answers with a web page",
-                "base_url must be the address of the OpenAI API; it usually ends in /v1.", "llm.base_url",
-            )  # fmt: skip
-        return _broken("the answer is no JSON")
-    if body.get("error"):
-        return failures.from_error_body(body, response.request)
-    try:
-        is_token, text = answer.add(body)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        return _broken(f"the answer is no chat completion ({error})")
+        chunk = json.loads(data.decode("utf-8", "replace"))
+        if not isinstance(chunk, dict):
+            return None
+        if chunk.get("error"):
+            return failures.from_error_body(chunk, bare.request)
+        is_token, text = answer.add(chunk)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+        return _broken(f"the stream holds something that is no chat chunk ({type(error).__name__}: {str(error)[:100]})")
     if is_token:
-        life.token(anyio.current_time())
-        call.show(text)
-    return _cut_short(answer, "the answer ended")
+        life.token(now)
+        if text:
+            run.show(text)
+    elif answer.progress is not None and life.phase is not Phase.DECODING:
+        life.progress(answer.progress[0], now)
+    if answer.finish_reason is not None:
+        life.finish(now)
+    return None
 
 
-def _cut_short(answer: Answer, how: str) -> Optional[Failure]:
+def _take_whole(run: _Run, text: str, bare: httpx.Response) -> Optional[Failure]:
+    """A server that ignores ``stream`` and answers with one JSON object."""
+    now, head = anyio.current_time(), text.lstrip()[:5]
+    if head.startswith("<"):
+        return Failure(
+            Kind.FATAL, errors.ModelNotFound, f"{bare.request.url} answers with a web page",
+            "base_url must be the address of the OpenAI API; it usually ends in /v1.", "llm.base_url",
+        )  # fmt: skip
+    if head in ("data:", "event"):  # a stream under a wrong name
+        decoder = SSEDecoder()
+        data = [*decoder.feed(text.encode()), *decoder.close()]
+    else:
+        data = [text.encode()]
+    for event in data:
+        if event != b"[DONE]":
+            failure = _take_event(run, event, bare, now)
+            if failure is not None:
+                return failure
+    return _end(run.answer, "the answer ended")
+
+
+def _end(answer: Answer, how: str) -> Optional[Failure]:
+    """What the end of a stream means: only a finish_reason makes the answer whole."""
+    if answer.failed:
+        return _broken(f"the server gave up: it ended the answer with the finish_reason '{answer.finish_reason}'")
     if answer.finish_reason is not None:
         return None
     if answer.tokens:
@@ -385,10 +451,6 @@ def _broken(what: str) -> Failure:
 # ------------------------------------------------------------------------------------------ the end
 
 
-def _waited(failure: Failure, settings: LocalSettings) -> Failure:
-    return replace(failure, what=f"{failure.what}, not even after {settings.retry.wait_for_server:g} s of waiting")
-
-
 def _full_jitter(backoff: Backoff) -> Callable[[int], float]:
     """A random pause up to initial × 2ⁿ (tenacity's wait_random_exponential)."""
     wait = wait_random_exponential(multiplier=backoff.initial, max=backoff.max)
@@ -401,30 +463,26 @@ def _full_jitter(backoff: Backoff) -> Callable[[int], float]:
     return pause
 
 
-def _give_up(
-    call: Call, info: CallInfo, life: CallLife, failure: Failure, deadlines: Deadlines, answer: Answer
-) -> NoReturn:
-    now = anyio.current_time()
-    elapsed = now - life.started
-    where = f"{call.caller}, tier '{info.tier}', attempt {max(life.attempt, 1)} of {call.settings.retry.attempts}"
+def _give_up(run: _Run, failure: Failure) -> NoReturn:
+    life, answer = run.life, run.answer
+    elapsed = anyio.current_time() - life.started
+    attempts = run.call.settings.retry.attempts
+    where = f"{run.call.caller}, tier '{run.info.tier}', attempt {max(life.attempt, 1)} of {attempts}"
     parts = [f"{failure.what} [{where}; {answer.tokens} tokens received; {elapsed:.1f} s in all]."]
     if failure.remedy:
         parts.append(failure.remedy)
     if failure.setting:
         parts.append(f"Setting in config2.yaml: {failure.setting}.")
     message = " ".join(parts)
-    events.publish(events.Failed(info, life.attempt, failure.error.__name__, message, elapsed))
-    details: dict[str, Union[str, int, None]] = {
-        "partial": answer.content, "attempts": life.attempt, "setting": failure.setting,
-    }  # fmt: skip
-    arguments: dict[str, Any] = dict(details)
-    if failure.response is not None:
-        arguments["response"] = failure.response
-    elif failure.error is errors.ContextOverflow:
-        arguments["response"] = httpx.Response(400, request=httpx.Request("POST", call.endpoint.chat_url))
-    elif failure.error is errors.ModelNotFound:
-        arguments["response"] = httpx.Response(404, request=httpx.Request("POST", call.endpoint.chat_url))
-    # The request goes into the error without its headers and body: they hold the key and the prompt.
+    events.publish(events.Failed(run.info, life.attempt, failure.error.__name__, message, elapsed))
+    request = _request(run.call.endpoint)
+    if isinstance(failure.cause, httpx.RequestError):
+        failure.cause.request = request  # httpx's own has the key and the prompt
     raise failure.error(
-        message[:1].upper() + message[1:], request=httpx.Request("POST", call.endpoint.chat_url), **arguments
+        message[:1].upper() + message[1:],
+        request=request,
+        response=failure.response,
+        partial=answer.content,
+        attempts=life.attempt,
+        setting=failure.setting,
     ) from failure.cause

@@ -49,7 +49,7 @@ def plan_deadlines(timeouts: Timeouts, tier: Optional[Tier], attempt_cap: Option
         settings[name] = f"{section}.{name}"
     if attempt_cap is not None and attempt_cap < values["total"]:
         values["total"], settings["total"] = attempt_cap, "llm.timeout"
-    # A built-in default gives way to a shorter total of the user's (settings.py refuses two written ones).
+    # What is inherited gives way to a shorter total (settings.py refuses two of the same block).
     for name in ("connect", "first_token", "stall"):
         values[name] = min(values[name], values["total"])
     return Deadlines(**values, tier=tier.name if tier is not None else DEFAULT_TIER, settings=settings)

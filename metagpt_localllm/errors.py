@@ -75,6 +75,20 @@ class LocalLLMError(openai.APIError):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles carry all but the request and the cause."""
+        return _rebuild, (type(self), self.message, str(self.request.url), self._details())
+
+    def _details(self) -> dict[str, Any]:
+        return {"partial": self.partial, "attempts": self.attempts, "setting": self.setting}
+
+
+def _rebuild(kind: type[LocalLLMError], message: str, url: str, details: dict[str, Any]) -> LocalLLMError:
+    request = httpx.Request("POST", url)
+    if "status" in details:
+        details = {**details, "response": httpx.Response(details["status"], request=request)}
+    return kind(message, request=request, **details)
+
 
 class FirstTokenTimeout(LocalLLMError, openai.APITimeoutError):
     """No token arrived within ``first_token`` seconds (queue, model load and prefill together)."""
@@ -104,17 +118,23 @@ class _StatusError(LocalLLMError):
     """An error that an HTTP response carried.
 
     Attributes:
-        response: the response; a synthetic one where the error came inside a 200 stream.
+        response: its status and headers, without body and request, which may hold the prompt and the key; a
+            synthetic one where the error came inside a 200 stream.
         status_code: its HTTP status.
         request_id: its ``x-request-id`` header, or None.
     """
 
+    default_status = 500
+
     def __init__(self, message: str, *, request: httpx.Request, response: Optional[httpx.Response] = None,
                  body: Optional[object] = None, **kwargs: Any) -> None:  # fmt: skip
         super().__init__(message, request=request, body=body, **kwargs)
-        self.response = response if response is not None else httpx.Response(500, request=request)
+        self.response = response if response is not None else httpx.Response(self.default_status, request=request)
         self.status_code = self.response.status_code
         self.request_id = self.response.headers.get("x-request-id")
+
+    def _details(self) -> dict[str, Any]:
+        return {**super()._details(), "status": self.status_code}
 
 
 class ServerFailed(_StatusError, openai.InternalServerError):
@@ -124,14 +144,22 @@ class ServerFailed(_StatusError, openai.InternalServerError):
 class ContextOverflow(_StatusError, openai.BadRequestError):  # type: ignore[misc]
     """The prompt does not fit the context window, even trimmed."""
 
+    default_status = 400
+
 
 class ModelNotFound(_StatusError, openai.NotFoundError):  # type: ignore[misc]
     """The server does not know the model, or not the path (a wrong base_url)."""
+
+    default_status = 404
 
 
 class AccessDenied(_StatusError, openai.AuthenticationError):  # type: ignore[misc]
     """The server refused the API key (401, 403)."""
 
+    default_status = 401
+
 
 class RequestRejected(_StatusError, openai.BadRequestError):  # type: ignore[misc]
     """The server refused the request itself (400, 413, 422 …)."""
+
+    default_status = 400

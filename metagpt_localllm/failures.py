@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Mapping, Optional
 
 import httpx
@@ -73,7 +74,8 @@ _WINDOW = re.compile(
     re.IGNORECASE,
 )
 _PROMPT = re.compile(
-    r"n_prompt_tokens\W{1,6}(\d+)|n_keep\W{1,6}(\d+)|prompt contains (?:at least )?(\d+) input|request \((\d+) tokens",
+    r"n_prompt_tokens\W{1,6}(\d+)|n_keep\W{1,6}(\d+)|prompt contains (?:at least )?(\d+) input|request \((\d+) tokens"
+    r"|\((\d+) in the messages|Trying to keep the first (\d+) tokens",
     re.IGNORECASE,
 )
 _UNKNOWN_FIELD = re.compile(
@@ -83,8 +85,12 @@ _UNKNOWN_FIELD = re.compile(
 )
 _NO_MODEL = re.compile(r"model\b.{0,80}(?:not found|does not exist|not loaded|no models? loaded)|no models loaded", re.I)
 _LOADING = re.compile(r"loading model|model is loading|unavailable_error|still loading", re.IGNORECASE)
-_TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
-_TRANSIENT_STREAM_LIMIT = 300
+#: LM Studio says these with a 400.
+_GONE = re.compile(r"model is unloaded|model (?:has )?crashed", re.IGNORECASE)
+_NO_ACCESS = re.compile(r"authentication_error|invalid_api_key|invalid api key", re.IGNORECASE)
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 499})
+#: Characters of a server's own words that are quoted.
+_QUOTED = 300
 
 
 def from_response(response: httpx.Response, text: str) -> Failure:
@@ -92,15 +98,24 @@ def from_response(response: httpx.Response, text: str) -> Failure:
     status = response.status_code
     said = _said(text)
     what = f"the server answered {status}" + (f": {said}" if said else "")
+    if 300 <= status < 400:
+        return Failure(
+            Kind.FATAL, errors.RequestRejected, f"the address redirects to {response.headers.get('location', 'nowhere')}",
+            "Write the address where it ends.", "llm.base_url", response=response,
+        )  # fmt: skip
     if "html" in response.headers.get("content-type", "") or text.lstrip()[:1] == "<":
         what = f"a proxy in front of the server answered {status} with a page of HTML"
-        if status < 500 and status not in _TRANSIENT_STATUS:
+        if status < 500 and status not in (401, 403, *_TRANSIENT_STATUS):
             return Failure(
                 Kind.FATAL, errors.RequestRejected, what, "Check base_url: no model server answers there.",
                 "llm.base_url", response=response,
             )  # fmt: skip
-        remedy = "Its own time limit is shorter than the model needs: raise it there or use the server's direct URL."
-        return Failure(Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.base_url", response=response)
+        if status not in (401, 403):
+            remedy = "Its own time limit is shorter than the model needs: raise it there or use the server's direct URL."
+            return Failure(
+                Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.base_url",
+                retry_after=_retry_after(response.headers), response=response,
+            )  # fmt: skip
     if status == 503 and _LOADING.search(text):
         return Failure(
             Kind.LOADING, errors.ServerUnavailable, "the server is loading the model",
@@ -115,7 +130,7 @@ def from_response(response: httpx.Response, text: str) -> Failure:
         )  # fmt: skip
     if status in (400, 422) and _UNKNOWN_FIELD.search(text):
         return Failure(Kind.STRICT, errors.RequestRejected, what, response=response)
-    if status in _TRANSIENT_STATUS or status >= 500:
+    if status in _TRANSIENT_STATUS or (status >= 500 and status != 501) or _GONE.search(text):
         remedy = "Look at the server's own log." if status >= 500 else ""
         return Failure(
             Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.local.retry.attempts",
@@ -143,8 +158,13 @@ def from_error_body(payload: Any, request: httpx.Request) -> Failure:
     """Classifies ``{"error": …}`` that came in a 200, inside the stream or as its whole body."""
     error = payload.get("error") if isinstance(payload, Mapping) else payload
     code = error.get("code") if isinstance(error, Mapping) else None
-    status = code if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600 else 500
     text = json.dumps(payload, ensure_ascii=False, default=str)
+    if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
+        status = code
+    elif _NO_ACCESS.search(text):
+        status = 401
+    else:
+        status = 404 if _NO_MODEL.search(text) else 500
     failure = from_response(httpx.Response(status, request=request), text)
     said = _said(text)
     return Failure(
@@ -157,6 +177,12 @@ def from_exception(error: BaseException, base_url: str, answer_began: bool) -> F
     """Classifies what httpx raised. ``answer_began``: whether any part of an answer had come."""
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
         return _not_connected(error, base_url)
+    if isinstance(error, (httpx.LocalProtocolError, UnicodeError)):
+        # Not its text: it quotes the header, which holds the key.
+        return Failure(
+            Kind.FATAL, errors.RequestRejected, "the request cannot be written as HTTP",
+            "Look for odd characters in the address and the key.", "llm.api_key",
+        )  # fmt: skip
     if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
         return Failure(
             Kind.FATAL, errors.ServerUnavailable, f"{base_url} is not a usable address: {error}",
@@ -193,7 +219,10 @@ def _not_connected(error: httpx.TransportError, base_url: str) -> Failure:
             Kind.FATAL, errors.ServerUnavailable, f"the host of {base_url} is unknown ({error})",
             "Correct the host name.", "llm.base_url", cause=error,
         )  # fmt: skip
-    how = "no connection within the connect deadline" if isinstance(error, httpx.ConnectTimeout) else "connection refused"
+    if isinstance(error, httpx.ConnectTimeout):
+        how = "no connection within the connect deadline"
+    else:
+        how = "connection refused" if any(isinstance(e, ConnectionRefusedError) for e in chain) else str(error)
     return Failure(
         Kind.NOT_UP, errors.ServerUnavailable, f"no server at {base_url} ({how})",
         "Start the server or correct its address.", "llm.local.retry.wait_for_server", cause=error,
@@ -205,14 +234,16 @@ def _said(text: str) -> str:
     try:
         body = json.loads(text)
     except ValueError:
-        return " ".join(text.split())[:_TRANSIENT_STREAM_LIMIT]
+        return " ".join(text.split())[:_QUOTED]
     for key in ("error", "detail", "message"):
         if isinstance(body, Mapping) and body.get(key):
             body = body[key]
+    if isinstance(body, list):  # FastAPI's complaints, which quote the input: the user's prompt
+        body = "; ".join(f"{e.get('loc')}: {e.get('msg')}" for e in body if isinstance(e, Mapping))
     if isinstance(body, Mapping):
         body = body.get("message") or body.get("type") or body
     message = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str)
-    return " ".join(message.split())[:_TRANSIENT_STREAM_LIMIT]
+    return " ".join(message.split())[:_QUOTED]
 
 
 def _number(pattern: re.Pattern[str], text: str) -> Optional[int]:
@@ -221,9 +252,16 @@ def _number(pattern: re.Pattern[str], text: str) -> Optional[int]:
 
 
 def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
-    """Seconds; only the numeric form, as local servers and gateways send it (RFC 9110, 10.2.3)."""
+    """Seconds from now; a date counts from the response's own Date (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "")
     try:
-        seconds = float(headers.get("retry-after", ""))
+        seconds = float(value)
     except ValueError:
-        return None
+        try:
+            then, now = parsedate_to_datetime(value), parsedate_to_datetime(headers.get("date", ""))
+        except (TypeError, ValueError):
+            return None
+        if (then.tzinfo is None) != (now.tzinfo is None):
+            return None
+        seconds = (then - now).total_seconds()
     return seconds if 0 <= seconds < float("inf") else None

@@ -2,7 +2,7 @@
 
 ::
 
-    NEW ──send──▶ SENT ──progress──▶ PREFILL ──token──▶ DECODING ──whole──▶ DONE
+    NEW ──send──▶ SENT ──progress──▶ PREFILL ──token──▶ DECODING ──finish──▶ ENDING ──whole──▶ DONE
                     │                   │                  │
                     └───────── fail / expire ──────────────┘
                                         │
@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Optional, Union
 
 from metagpt_localllm import errors
@@ -26,11 +26,16 @@ from metagpt_localllm.failures import Failure, Kind
 __all__ = ["BackOff", "CallLife", "GiveUp", "Phase", "SendAgain", "Step", "WaitForServer"]
 
 
+#: Seconds in which usage and [DONE] may follow a finish_reason: they come at once or never.
+_GRACE = 2.0
+
+
 class Phase(enum.Enum):
     NEW = "new"
     SENT = "sent"  # on its way, in the server's queue, model loading, or in prefill that shows no progress
     PREFILL = "prefill"  # the server reports progress on the prompt
     DECODING = "decoding"  # tokens come
+    ENDING = "ending"  # the finish_reason has come, usage may follow
     BACKING_OFF = "backing off"
     WAITING_FOR_SERVER = "waiting for the server"
     DONE = "done"
@@ -46,9 +51,10 @@ class BackOff:
 
 @dataclass(frozen=True)
 class WaitForServer:
-    """Poll until the server answers, at the longest until the moment ``until``; then send again."""
+    """Pause for ``pause`` seconds, poll until the server answers, at the longest until the moment ``until``; then send again."""
 
     until: float
+    pause: float
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,10 @@ class CallLife:
     Args:
         deadlines: of one attempt.
         attempts: requests at the most; those to a server that is not up are not counted.
-        wait_for_server: seconds that the call may spend waiting for a server, in all.
+        wait_for_server: seconds that the call may spend on a server that is not up or loading, in all.
         backoff: gives the pause in seconds after the n-th attempt.
+        poll: shortest and longest pause in seconds before a server that was not up is asked again; they double
+            as long as it claims to be up and then is not.
         now: the time, in seconds of any clock that only goes forward.
         call_timeout: seconds for the whole call, where the caller set a limit.
     """
@@ -85,6 +93,7 @@ class CallLife:
         attempts: int,
         wait_for_server: float,
         backoff: Callable[[int], float],
+        poll: tuple[float, float],
         now: float,
         call_timeout: Optional[float] = None,
     ) -> None:
@@ -99,8 +108,10 @@ class CallLife:
         self._patience = wait_for_server
         self._wait_limit = wait_for_server
         self._backoff = backoff
+        self._poll = poll
+        self._waits = 0
         self._call_timeout = call_timeout
-        self._call_end = now + call_timeout if call_timeout else float("inf")
+        self.call_end = now + call_timeout if call_timeout else float("inf")
         self._alive_at = now
         self._waiting_since: Optional[float] = None
         self._processed = -1
@@ -108,8 +119,13 @@ class CallLife:
 
     @property
     def deadline(self) -> float:
-        limit = self._deadlines.stall if self.phase is Phase.DECODING else self._deadlines.first_token
-        return min(self._alive_at + limit, self.sent_at + self._deadlines.total, self._call_end)
+        if self.phase is Phase.DECODING:
+            limit = self._deadlines.stall
+        elif self.phase is Phase.ENDING:
+            limit = min(self._deadlines.stall, _GRACE)
+        else:
+            limit = self._deadlines.first_token
+        return min(self._alive_at + limit, self.sent_at + self._deadlines.total, self.call_end)
 
     @property
     def ttft(self) -> Optional[float]:
@@ -143,8 +159,15 @@ class CallLife:
         if self.phase is not Phase.DECODING:
             self.phase = Phase.DECODING
             self.first_token_at = now
+            self._waits = 0
         self._alive_at = now
         self.tokens += 1
+
+    def finish(self, now: float) -> None:
+        """The finish_reason has come: what still may follow has a short time, which nothing extends."""
+        if self.phase is not Phase.ENDING:
+            self.phase = Phase.ENDING
+            self._alive_at = now
 
     def whole(self) -> None:
         self.phase = Phase.DONE
@@ -153,7 +176,7 @@ class CallLife:
         """Names the deadline that has passed."""
         elapsed = now - self.sent_at
         settings = self._deadlines.settings
-        if now >= self._call_end:
+        if now >= self.call_end:
             what = f"the call took longer than the {self._call_timeout:g} s that its caller allowed (timeout=…)"
             return Failure(Kind.FATAL, errors.TotalTimeout, what, "The caller's own timeout ends it.")
         if now >= self.sent_at + self._deadlines.total:
@@ -179,11 +202,15 @@ class CallLife:
         """What follows a failed attempt."""
         if failure.kind in (Kind.NOT_UP, Kind.LOADING):
             self.attempt -= 1
-            if self._patience <= 0:
-                return self._give_up(failure)
+            self._patience -= now - self.sent_at
+            if self._patience <= 0 or now >= self.call_end:
+                return self.waited_in_vain(failure, now)
             self.phase = Phase.WAITING_FOR_SERVER
             self._waiting_since = now
-            return WaitForServer(min(now + self._patience, self._call_end))
+            shortest, longest = self._poll
+            pause = min(max(shortest, 0.01) * 2.0 ** min(self._waits, 30), max(longest, 0.01))
+            self._waits += 1
+            return WaitForServer(min(now + self._patience, self.call_end), pause)
         if failure.kind is Kind.OVERFLOW and self._overflows < 1:
             self._overflows += 1
             return SendAgain()
@@ -196,16 +223,17 @@ class CallLife:
         delay = self._backoff(self.attempt)
         if failure.retry_after is not None:
             delay = max(delay, min(failure.retry_after, self._deadlines.total))
-        if now + delay >= self._call_end:
+        if now + delay >= self.call_end:
             return self._give_up(failure)
         self.phase = Phase.BACKING_OFF
         return BackOff(delay)
 
     def waited_in_vain(self, failure: Failure, now: float) -> GiveUp:
         """The server did not come up in time."""
-        if now >= self._call_end:
+        if now >= self.call_end:
             return self._give_up(self.expire(now))
-        return self._give_up(failure)
+        what = f"{failure.what}, not even after {self._wait_limit:g} s of waiting"
+        return self._give_up(replace(failure, what=what))
 
     def _give_up(self, failure: Failure) -> GiveUp:
         self.phase = Phase.FAILED

@@ -6,9 +6,12 @@ and from there to :func:`metagpt_localllm.call.complete`. Retries are there and 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import re
 from typing import Any, Callable, Optional, Union
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from metagpt.logs import log_llm_stream, logger
@@ -28,7 +31,8 @@ from metagpt_localllm.transport import Endpoint, client_for
 
 __all__ = ["LocalLLM"]
 
-#: Errors of requests that a retry loop of MetaGPT's own has already sent: it gets the same error again.
+#: Errors of requests that a retry loop of MetaGPT's own has already sent: it gets the same error again. Copies, since
+#: the traceback of what was raised would keep the loop alive.
 _spent: WeakKeyDictionary[Any, dict[str, LocalLLMError]] = WeakKeyDictionary()
 _guessed: set[tuple[str, str]] = set()
 
@@ -37,15 +41,12 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
     """MetaGPT's OpenAI provider for servers that may take minutes to answer.
 
     Raises:
-        ValueError: on construction, when ``model`` is missing in config2.yaml.
+        ValueError: on construction, when ``base_url``, ``model``, ``api_key``, ``proxy`` or ``timeout`` in
+            config2.yaml cannot be used.
     """
 
     def __init__(self, config: Any) -> None:
-        if not config.model:
-            raise ValueError(
-                "llm.model is missing in config2.yaml: api_type local_llm needs the name of the model as the "
-                f"server lists it at {config.base_url}/models"
-            )
+        _check(config)
         super().__init__(config)
         self._settings: LocalSettings = config.local or LocalSettings()
 
@@ -109,7 +110,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         digest = _digest(body)
         if digest in spent:
             logger.info("MetaGPT repeats a call that has already used up its attempts; it is not sent again.")
-            raise spent[digest]
+            raise copy.copy(spent[digest])
         call = calls.Call(
             endpoint=self._endpoint(),
             settings=self._settings,
@@ -118,12 +119,12 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
             context_length=self.config.context_length,
             attempt_cap=self.config.timeout if "timeout" in self.config.model_fields_set else None,
             call_timeout=timeout or None,
-            show=log_llm_stream if show else _silent,
+            show=_print if show else _silent,
         )
         try:
             outcome = await calls.complete(call)
         except LocalLLMError as error:
-            spent[digest] = error
+            spent[digest] = copy.copy(error)
             raise
         finally:
             _warn_of_guess(call)
@@ -132,7 +133,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         return outcome
 
     def _endpoint(self) -> Endpoint:
-        return Endpoint(self.config.base_url, self.model, self.config.api_key, self.config.proxy)
+        return Endpoint(self.config.base_url, self.model, self.config.api_key.strip(), self.config.proxy)
 
     # ------------------------------------------------------------------ tokens instead of dollars
 
@@ -175,8 +176,43 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         return message
 
 
+def _check(config: Any) -> None:
+    """Refuses what could only fail at the first call, or would send prompts to where nobody meant them to go."""
+    problem = ""
+    if "base_url" not in config.model_fields_set or not config.base_url:
+        problem = "base_url is missing: api_type local_llm needs the server's address, such as http://localhost:1234/v1"
+    elif not _is_url(config.base_url, "http", "https"):
+        problem = "base_url is no address of the form http://host:port/v1"
+    elif not config.model:
+        problem = f"model is missing: it needs the model's name as the server lists it at {config.base_url}/models"
+    elif not re.fullmatch(r"[\x21-\x7e]*", config.api_key.strip()):
+        problem = "api_key holds characters that no HTTP header can carry, such as blanks or letters with accents"
+    elif config.proxy and not _is_url(config.proxy, "http", "https", "socks5", "socks5h"):
+        problem = "proxy is no address of the form http://host:port"
+    elif config.timeout < 0:
+        problem = f"timeout is {config.timeout}; seconds cannot be negative"
+    if problem:
+        raise ValueError(f"config2.yaml: llm.{problem}")
+
+
+def _is_url(text: str, *schemes: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
 def _silent(_text: str) -> None:
     """For callers that do not stream."""
+
+
+def _print(text: str) -> None:
+    """MetaGPT's own way of showing tokens; what the console cannot encode is replaced."""
+    try:
+        log_llm_stream(text)
+    except UnicodeEncodeError as error:
+        log_llm_stream(text.encode(error.encoding, "replace").decode(error.encoding))
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -188,7 +224,7 @@ def _warn_of_guess(call: calls.Call) -> None:
     if key not in _guessed and calls.window_is_a_guess(call):
         _guessed.add(key)
         logger.warning(
-            f"{call.endpoint.base_url} does not say how large the context of {call.endpoint.model} is; assuming "
+            f"{call.endpoint.address} does not say how large the context of {call.endpoint.model} is; assuming "
             f"{calls.DEFAULT_WINDOW:,} tokens. Set llm.local.context.window in config2.yaml to what is loaded."
         )
 

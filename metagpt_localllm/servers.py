@@ -7,22 +7,29 @@ Sources: the servers' own code and answers, llama.cpp b11549, Ollama 0.33, vLLM 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
+from weakref import WeakKeyDictionary
 
 import anyio
 import httpx
 
 from metagpt_localllm.transport import Endpoint, client_for
 
-__all__ = ["PLAIN", "Identified", "Server", "count_tokens", "identify", "is_up", "known"]
+__all__ = ["PLAIN", "UNKNOWN", "Identified", "Learned", "Server", "count_tokens", "forget", "identify", "known", "learned"]
 
 #: Seconds for finding out what the server is: it answers such questions at once, or is busy or broken.
 _PROBE_LIMIT = 1.0
 #: Seconds for counting the tokens of a prompt.
-_COUNT_LIMIT = 10.0
+_COUNT_LIMIT = 5.0
 #: Seconds for one look whether the server is up.
 _POLL_LIMIT = 5.0
+#: Seconds between two such looks, at the most.
+_LONGEST_PAUSE = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Server:
     """What is known about a server.
 
     Attributes:
-        kind: "llama.cpp", "Ollama", "LM Studio", "vLLM" or "plain".
+        kind: "llama.cpp", "Ollama", "LM Studio", "vLLM", "plain" (none of these), or "unknown" (it did not answer).
         window: context window of the loaded model in tokens, or None where it does not say.
         images: whether the model sees images, or None where it does not say.
     """
@@ -45,7 +52,14 @@ class Server:
         return {"return_progress": True} if self.kind == "llama.cpp" else {}
 
 
+    @property
+    def counts(self) -> bool:
+        """Whether it counts the tokens of a prompt."""
+        return self.kind in ("llama.cpp", "vLLM")
+
+
 PLAIN = Server("plain")
+UNKNOWN = Server("unknown")
 
 
 @dataclass(frozen=True)
@@ -56,39 +70,78 @@ class Identified:
     hung: bool = False
 
 
-_servers: dict[tuple[str, str], Server] = {}
+@dataclass
+class Learned:
+    """What the overflow errors of a server have taught.
+
+    Attributes:
+        window: context window in tokens as such an error named it, or None.
+        scale: tokens as the server counts them over those that we estimate; 1 until an error says otherwise.
+    """
+
+    window: Optional[int] = None
+    scale: float = 1.0
+
+
+_Key = tuple[str, str]
+_servers: dict[_Key, Server] = {}
+_learned: dict[_Key, Learned] = {}
 _strict: set[str] = set()
+_probes: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, asyncio.Task[Identified]]] = WeakKeyDictionary()
+
+
+def _key(endpoint: Endpoint) -> _Key:
+    return endpoint.base_url, endpoint.model
 
 
 def known(endpoint: Endpoint) -> Optional[Server]:
     """What an earlier call has found out, or None."""
-    return _servers.get((endpoint.base_url, endpoint.model))
+    return _servers.get(_key(endpoint))
 
 
-def forget() -> None:
-    """Forgets everything about all servers; for tests, which start many at the same address."""
-    _servers.clear()
+def learned(endpoint: Endpoint) -> Learned:
+    """What earlier calls have learned; to be changed in place."""
+    return _learned.setdefault(_key(endpoint), Learned())
+
+
+def forget(endpoint: Endpoint, *, restarted: bool = False) -> None:
+    """The server may have changed, so it is asked again; one that was ``restarted`` may also hold another window."""
+    _servers.pop(_key(endpoint), None)
+    if restarted:
+        _learned.pop(_key(endpoint), None)
 
 
 async def identify(endpoint: Endpoint) -> Identified:
-    """Asks the server what it is, for at most a second, unless an earlier call has. Never raises."""
+    """Asks the server what it is, for at most a second, unless an earlier call has. Never raises.
+
+    Calls that begin at the same time share one probe: on llama-cpp-python any request cuts a running stream.
+    """
     found = known(endpoint)
     if found is not None:
         return Identified(found)
+    probes = _probes.setdefault(asyncio.get_running_loop(), {})
+    probe = probes.get(_key(endpoint))
+    if probe is None:
+        probe = probes[_key(endpoint)] = asyncio.ensure_future(_identify(endpoint))
+        probe.add_done_callback(lambda _: probes.pop(_key(endpoint), None))
+    return await asyncio.shield(probe)
+
+
+async def _identify(endpoint: Endpoint) -> Identified:
     probe = _Probe(endpoint)
     server: Optional[Server] = None
     hung = True
     with anyio.move_on_after(_PROBE_LIMIT):
         try:
             server = await probe.run()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-            pass
+        except Exception as error:  # whatever odd thing answers there, the call itself will tell
+            _log.debug("%s was not identified: %s", endpoint.address, type(error).__name__)
         hung = False
     if server is None:
-        return Identified(PLAIN, hung=hung and probe.connected)
-    # A model that is loaded on demand has no window yet: ask again next time.
-    if server.window is not None or server.kind == "plain":
-        _servers[(endpoint.base_url, endpoint.model)] = server
+        return Identified(UNKNOWN, hung=hung and probe.connected)
+    # A model that is loaded on demand has no window yet, and what lists no models may be a proxy: ask again next time.
+    if server.window is not None or (server.kind == "plain" and probe.listed):
+        _servers[_key(endpoint)] = server
     return Identified(server)
 
 
@@ -96,6 +149,7 @@ class _Probe:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.connected = False
+        self.listed = False
 
     async def _trace(self, event: str, _info: Mapping[str, Any]) -> None:
         if event == "connection.connect_tcp.complete":
@@ -107,8 +161,8 @@ class _Probe:
             "GET" if body is None else "POST", url, json=body, headers=self.endpoint.headers,
             extensions={"trace": self._trace},
         )  # fmt: skip
-        if response.status_code == 503:
-            raise httpx.HTTPError("loading")
+        if response.status_code >= 500 or response.status_code in (401, 403):
+            raise httpx.HTTPError("loading, behind a proxy, or without the right key")
         if response.status_code != 200:
             return None
         try:
@@ -132,6 +186,7 @@ class _Probe:
             if listing is not None:
                 return _lm_studio(listing, model)
         models = await self._ask(self.endpoint.base_url.rstrip("/") + "/models")
+        self.listed = models is not None
         for entry in _list(models, "data"):
             if entry.get("owned_by") == "vllm":
                 same = [e for e in _list(models, "data") if e.get("id") == model] or [entry]
@@ -172,18 +227,19 @@ def _positive(value: Any) -> Optional[int]:
 
 async def count_tokens(server: Server, endpoint: Endpoint, body: Mapping[str, Any]) -> Optional[int]:
     """Tokens of the prompt in ``body`` as the server's own tokenizer and template make them, or None. Never raises."""
-    if server.kind not in ("llama.cpp", "vLLM"):
+    if not server.counts:
         return None
     prompt = {key: body[key] for key in ("model", "messages", "tools") if body.get(key)}
     client = client_for(endpoint)
 
     async def ask(path: str, question: Mapping[str, Any]) -> Mapping[str, Any]:
-        response = await client.post(endpoint.root + path, json=question, headers=endpoint.headers)
+        content = json.dumps(question, default=str).encode("utf-8", "replace")
+        response = await client.post(endpoint.root + path, content=content, headers=endpoint.headers)
         answer = response.json() if response.status_code == 200 else {}
         return answer if isinstance(answer, Mapping) else {}
 
-    try:
-        with anyio.move_on_after(_COUNT_LIMIT):
+    with anyio.move_on_after(_COUNT_LIMIT):
+        try:
             if server.kind == "vLLM":
                 return _positive((await ask("/tokenize", prompt)).get("count"))
             counted = _positive((await ask("/v1/chat/completions/input_tokens", prompt)).get("input_tokens"))
@@ -193,34 +249,34 @@ async def count_tokens(server: Server, endpoint: Endpoint, body: Mapping[str, An
             if isinstance(text, str):
                 tokens = (await ask("/tokenize", {"content": text, "add_special": True})).get("tokens")
                 return len(tokens) if isinstance(tokens, list) else None
-    except (httpx.HTTPError, ValueError):
-        pass
+        except Exception as error:  # the estimate serves instead
+            _log.debug("%s did not count: %s", endpoint.address, type(error).__name__)
     return None
 
 
-async def is_up(endpoint: Endpoint) -> bool:
+async def _is_up(endpoint: Endpoint, limit: float) -> bool:
     """Whether anything answers at the server's address that is not loading. Never raises."""
-    try:
-        with anyio.move_on_after(_POLL_LIMIT):
+    with anyio.move_on_after(limit):
+        try:
             response = await client_for(endpoint).get(f"{endpoint.root}/health", headers=endpoint.headers)
             return response.status_code != 503
-    except httpx.HTTPError:
-        pass
+        except Exception as error:
+            _log.debug("%s is not up: %s", endpoint.address, type(error).__name__)
     return False
 
 
 async def wait_until_up(endpoint: Endpoint, until: float, first_pause: float) -> bool:
     """Polls until the server is up or the event loop's clock shows ``until``; pauses grow to 5 seconds."""
-    loop = asyncio.get_running_loop()
-    pause = min(max(first_pause, 0.01), 5.0)
+    pause = first_pause
     while True:
-        left = until - loop.time()
+        left = until - anyio.current_time()
         if left <= 0:
             return False
-        await asyncio.sleep(min(pause, left))
-        if await is_up(endpoint):
+        await anyio.sleep(min(pause, left))
+        left = until - anyio.current_time()
+        if left > 0 and await _is_up(endpoint, min(_POLL_LIMIT, left)):
             return True
-        pause = min(pause * 2, 5.0)
+        pause = min(pause * 2, max(_LONGEST_PAUSE, first_pause))
 
 
 def mark_strict(endpoint: Endpoint) -> None:

@@ -15,10 +15,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StrictBool,
     StrictStr,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -59,7 +61,10 @@ def parse_duration(value: object) -> float:
         else:
             raise ValueError(f"{value!r} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
     else:
-        seconds = float(value)
+        try:
+            seconds = float(value)
+        except OverflowError:
+            raise ValueError("that is not a finite duration") from None
     if seconds != seconds or seconds == float("inf"):
         raise ValueError(f"{value!r} is not a finite duration")
     if seconds < 0:
@@ -100,6 +105,11 @@ class _Section(BaseModel):
     """A block of settings that refuses keys it does not know, naming the nearest one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _only_what_was_written(self, handler: SerializerFunctionWrapHandler) -> Dict[str, Any]:
+        # A default that is dumped would load again as the user's own word, and could contradict another.
+        return {name: value for name, value in handler(self).items() if name in self.__pydantic_fields_set__}
 
     @model_validator(mode="before")
     @classmethod
@@ -263,23 +273,14 @@ class LocalSettings(_Section):
 
 
 def _check_order(where: Union[int, str], block: Union[Tier, Timeouts], defaults: Timeouts) -> None:
-    """Refuses first_token or stall over total where the user wrote both; a built-in default gives way instead."""
+    """Refuses a deadline that the block sets over its total; an inherited one gives way to a shorter total instead."""
     location: Tuple[Union[int, str], ...] = (where,) if isinstance(where, str) else ("tiers", where)
-
-    def written(name: str) -> Optional[float]:
-        for source in (block, defaults):
-            value: Optional[float] = getattr(source, name)
-            # A value equal to the built-in default counts as not written: a dumped config loads again.
-            if name in source.model_fields_set and value not in (None, Timeouts.model_fields[name].default):
-                return value
-        return None
-
-    total = written("total")
+    total = block.total if block.total is not None else defaults.total
+    origin = "" if "total" in block.model_fields_set else " by default" if block is defaults else " (from timeouts)"
     for name in ("connect", "first_token", "stall"):
-        value = written(name)
-        if total is not None and value is not None and value > total:
-            inherited = "" if name in block.model_fields_set else " (from timeouts)"
-            message = f"{name}{inherited} is {value:g} s, over total ({total:g} s): it could never be reached"
+        value: Optional[float] = getattr(block, name)
+        if name in block.model_fields_set and value is not None and value > total:
+            message = f"{name} is {value:g} s, over total, which is {total:g} s{origin}: raise total, too, or lower {name}"
             raise _complain("LocalSettings", (*location, name), message, value)
 
 

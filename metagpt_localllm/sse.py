@@ -39,7 +39,7 @@ class SSEDecoder:
         buffer = self._rest + portion if self._rest else portion
         lines = buffer.split(b"\n")
         self._rest = lines.pop()
-        if len(self._rest) > MAX_EVENT_BYTES or sum(map(len, self._data)) > MAX_EVENT_BYTES:
+        if len(self._rest) > MAX_EVENT_BYTES or sum(map(len, self._data)) + len(self._data) > MAX_EVENT_BYTES:
             raise EventTooLarge(f"an event of the stream is over {MAX_EVENT_BYTES:,} bytes")
         events: list[bytes] = []
         for line in lines:
@@ -50,8 +50,7 @@ class SSEDecoder:
 
     def close(self) -> list[bytes]:
         """The event left open at the end of the stream: some servers end without the blank line."""
-        events = self.feed(b"\n\n") if self._rest or self._data else []
-        return events
+        return self.feed(b"\n\n") if self._rest or self._data else []
 
     def _line(self, line: bytes) -> Optional[bytes]:
         if not line:
@@ -59,7 +58,7 @@ class SSEDecoder:
                 return None
             data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
             self._data = []
-            return data
+            return data or None  # an event without data is none (WHATWG): some gateways ping with it
         if line.startswith(b"data:"):
             self._data.append(line[6:] if line[5:6] == b" " else line[5:])
         elif line.startswith(b":"):

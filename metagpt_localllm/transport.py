@@ -8,7 +8,7 @@ import ssl
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Optional
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -40,6 +40,12 @@ class Endpoint:
         """The server's address without the API's ``/v1``."""
         trimmed = self.base_url.rstrip("/")
         return trimmed[: -len("/v1")] if trimmed.endswith("/v1") else trimmed
+
+    @property
+    def address(self) -> str:
+        """``base_url`` as it may be shown: without a user name and password."""
+        parts = urlsplit(self.base_url)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     @property
     def chat_url(self) -> str:

@@ -46,41 +46,49 @@ def fit(messages: Sequence[Message], budget: int, count: Callable[[Message], int
     if before <= budget:
         return Fitted(list(messages), 0, 0, 0, before, True)
 
-    kept: list[Message] = []
+    kept: dict[int, Message] = dict(enumerate(messages))
     tokens = before
-    units = _units(messages)
-    for position, unit in enumerate(units):
-        last = position == len(units) - 1
-        if tokens > budget and not last and not _is_system(unit[0]):
-            tokens -= sum(count(message) for message in unit)
-        else:
-            kept.extend(unit)
-
-    shortened = 0
-    by_size = sorted(range(len(kept)), key=lambda i: (_is_system(kept[i]), -count(kept[i])))
-    for index in by_size:
+    for unit in _units(messages):
         if tokens <= budget:
             break
-        shorter = _lose_middle(kept[index], count(kept[index]) - (tokens - budget), count)
-        if shorter is not None:
+        if len(messages) - 1 not in unit and not _is_system(messages[unit[0]]):
+            tokens -= sum(count(kept.pop(index)) for index in unit)
+
+    shortened: set[int] = set()
+    for index in sorted(kept, key=lambda i: (_is_system(kept[i]), -count(kept[i]))):
+        while tokens > budget:  # a message of several parts may have to lose more than one middle
+            shorter = _lose_middle(kept[index], count(kept[index]) - (tokens - budget), count)
+            if shorter is None:
+                break
             tokens += count(shorter) - count(kept[index])
             kept[index] = shorter
-            shortened += 1
-    return Fitted(kept, len(messages) - len(kept), shortened, before - tokens, tokens, tokens <= budget)
+            shortened.add(index)
+    remaining = list(kept.values())
+    return Fitted(remaining, len(messages) - len(kept), len(shortened), before - tokens, tokens, tokens <= budget)
 
 
 def _is_system(message: Message) -> bool:
     return message.get("role") in ("system", "developer")
 
 
-def _units(messages: Sequence[Message]) -> list[list[Message]]:
-    """Messages that go together: a tool call with its answers, any other message alone."""
-    units: list[list[Message]] = []
-    for message in messages:
-        if message.get("role") == "tool" and units and not _is_system(units[-1][0]):
-            units[-1].append(message)
-        else:
-            units.append([message])
+def _units(messages: Sequence[Message]) -> list[list[int]]:
+    """Positions of messages that go together: a tool call with its answers, any other message alone."""
+    units: list[list[int]] = []
+    callers: dict[str, list[int]] = {}
+    latest: Optional[list[int]] = None
+    for index, message in enumerate(messages):
+        # An answer that names no call, or one unknown, belongs to what came right before it.
+        caller = callers.get(str(message.get("tool_call_id")), latest) if message.get("role") == "tool" else None
+        if caller is not None:
+            caller.append(index)
+            continue
+        unit = [index]
+        units.append(unit)
+        if not _is_system(message):
+            latest = unit
+        for call in message.get("tool_calls") or ():
+            if isinstance(call, Mapping):
+                callers[str(call.get("id"))] = unit
     return units
 
 

@@ -1,3 +1,5 @@
+import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -32,7 +34,10 @@ def words(_messages, _tools):
 
 @pytest.fixture(autouse=True)
 def _no_memory_of_servers():
-    servers.forget()
+    # Many simulators may get the same port one after the other.
+    servers._servers.clear()
+    servers._learned.clear()
+    servers._strict.clear()
 
 
 @pytest.fixture
@@ -44,6 +49,67 @@ def simulator():
         return Simulator(machine, faults=faults, answer=answer, scale=scale, **options)
 
     return make
+
+
+class RawServer:
+    """Says literally what a test gives it: to the n-th chat request the n-th answer, the last one again and again.
+
+    An answer is bytes of a stream, or a whole HTTP response when it begins with HTTP. ``about`` answers GETs and
+    counts (path → JSON or an awaitable that gives it); what it does not name is 404.
+    """
+
+    def __init__(self, *answers, about=None, hold=False):
+        self.answers, self.about, self.hold = answers, about or {}, hold
+        self.requests, self.others = [], []
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.base_url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        self.model = "m"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+
+    async def _serve(self, reader, writer):
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+            body = await reader.readexactly(int(length[0].split(b":")[1])) if length else b""
+            path = head.split()[1].decode()
+            if path.endswith("/chat/completions"):
+                self.requests.append(body)
+                await self._chat(writer, self.answers[min(len(self.requests), len(self.answers)) - 1])
+            else:
+                self.others.append(path)
+                await self._about(writer, path)
+            writer.close()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+
+    async def _chat(self, writer, answer):
+        if not answer.startswith(b"HTTP"):
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        if self.hold:
+            await asyncio.sleep(60)
+
+    async def _about(self, writer, path):
+        found = self.about.get(path)
+        found = await found() if callable(found) else found
+        status = "404 Not Found" if found is None else "200 OK"
+        body = json.dumps(found if found is not None else {}).encode()
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+
+
+def chunk(text=None, finish=None, **delta):
+    """One event of a stream, as bytes."""
+    delta = {**delta, **({} if text is None else {"content": text})}
+    body = {"id": "x", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
 @pytest.fixture

@@ -49,7 +49,10 @@ TABLE = [
                     "(n_keep: 13055>= n_ctx: 4096)."}, Kind.OVERFLOW, errors.ContextOverflow, (4096, 13055)),
     (400, {"error": {"message": "Trying to keep the first 9000 tokens when context the overflows. However, the model is "
                                 "loaded with context length of only 4096 tokens"}}, Kind.OVERFLOW,
-     errors.ContextOverflow, (4096, None)),
+     errors.ContextOverflow, (4096, 9000)),
+    (400, {"error": "Model is unloaded."}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (400, {"error": "The model has crashed without additional information. (Exit code: 6)"}, Kind.TRANSIENT,
+     errors.ServerFailed, (None, None)),
     (404, {"error": {"message": "No models loaded. Please load a model in the developer page"}}, Kind.FATAL,
      errors.ModelNotFound, (None, None)),
     (400, {"error": {"message": "No models loaded. Please load a model", "type": "invalid_request_error"}}, Kind.FATAL,
@@ -62,8 +65,9 @@ TABLE = [
     (404, {"error": {"message": "The model `none` does not exist. Valid aliases: m.", "type": "NotFoundError"}},
      Kind.FATAL, errors.ModelNotFound, (None, None)),
     # llama-cpp-python
-    (400, {"error": {"message": "This model's maximum context length is 2048 tokens. However, you requested 3286 tokens",
-                     "code": "context_length_exceeded"}}, Kind.OVERFLOW, errors.ContextOverflow, (2048, None)),
+    (400, {"error": {"message": "This model's maximum context length is 2048 tokens. However, you requested 4517 tokens "
+                                "(3334 in the messages, 1183 in the completion).",
+                     "code": "context_length_exceeded"}}, Kind.OVERFLOW, errors.ContextOverflow, (2048, 3334)),
     # transformers
     (422, {"detail": "Unexpected fields in the request: {'return_progress'}"}, Kind.STRICT, errors.RequestRejected,
      (None, None)),
@@ -71,6 +75,9 @@ TABLE = [
     (429, {"error": "slow down"}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
     (408, {}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
     (425, {}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (499, {}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
+    (501, {"error": {"message": "not supported", "type": "not_supported_error"}}, Kind.FATAL, errors.RequestRejected,
+     (None, None)),
     (502, {}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
     (403, {}, Kind.FATAL, errors.AccessDenied, (None, None)),
     (422, {"detail": "bad"}, Kind.FATAL, errors.RequestRejected, (None, None)),
@@ -84,6 +91,7 @@ def test_each_answer_has_its_class(status, body, kind, error, sizes):
     assert (failure.kind, failure.error) == (kind, error)
     assert (failure.window, failure.prompt_tokens) == sizes
     assert failure.remedy or failure.kind in (Kind.TRANSIENT, Kind.STRICT)
+    assert failure.setting or failure.remedy or failure.kind is Kind.STRICT
 
 
 def test_a_page_of_html_is_a_proxys():
@@ -97,6 +105,42 @@ def test_a_page_of_html_is_a_proxys():
 def test_retry_after_counts_when_it_is_a_number_of_seconds(header, seconds):
     response = httpx.Response(429, request=REQUEST, headers={"retry-after": header})
     assert from_response(response, "").retry_after == seconds
+
+
+def test_a_date_in_retry_after_counts_from_the_servers_own_clock():
+    headers = {"retry-after": "Tue, 24 Nov 2026 21:00:30 GMT", "date": "Tue, 24 Nov 2026 21:00:00 GMT"}
+    assert from_response(httpx.Response(503, request=REQUEST, headers=headers), "").retry_after == 30
+    del headers["date"]
+    assert from_response(httpx.Response(503, request=REQUEST, headers=headers), "").retry_after is None
+
+
+def test_a_proxys_login_page_is_about_the_key():
+    response = httpx.Response(401, request=REQUEST, headers={"content-type": "text/html"})
+    failure = from_response(response, "<html>log in</html>")
+    assert (failure.error, failure.setting) == (errors.AccessDenied, "llm.api_key")
+
+
+def test_a_redirect_is_about_the_address():
+    failure = from_response(httpx.Response(307, request=REQUEST, headers={"location": "https://x/"}), "")
+    assert failure.kind is Kind.FATAL and failure.setting == "llm.base_url" and "https://x/" in failure.what
+
+
+def test_a_complaint_about_the_body_does_not_quote_the_prompt():
+    body = json.dumps({"detail": [{"loc": ["body", "messages"], "msg": "wrong type", "input": "my secret prompt"}]})
+    failure = from_response(httpx.Response(422, request=REQUEST), body)
+    assert "wrong type" in failure.what and "secret" not in failure.what
+
+
+@pytest.mark.parametrize(
+    "said, error",
+    [
+        ("No models loaded. Please load a model", errors.ModelNotFound),
+        ("invalid_api_key", errors.AccessDenied),
+        ("EngineCore died", errors.ServerFailed),
+    ],
+)
+def test_an_error_in_a_200_without_a_code_is_classified_by_its_words(said, error):
+    assert from_error_body({"error": {"message": said}}, REQUEST).error is error
 
 
 def test_an_error_inside_a_stream_is_classified_by_its_code():
@@ -132,6 +176,8 @@ def not_tls():
         (unknown_host(), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
         (not_tls(), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
         (httpx.UnsupportedProtocol("no protocol"), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
+        (httpx.LocalProtocolError("Illegal header value b'Bearer sk-secret'"), False, Kind.FATAL, errors.RequestRejected,
+         "llm.api_key"),
         (httpx.RemoteProtocolError("Server disconnected"), False, Kind.TRANSIENT, errors.ConnectionLost,
          "llm.local.retry.attempts"),
         (httpx.RemoteProtocolError("peer closed connection"), True, Kind.TRANSIENT, errors.IncompleteStream,
@@ -142,4 +188,5 @@ def not_tls():
 def test_each_exception_of_httpx_has_its_class(raised, began, kind, error, setting):
     failure = from_exception(raised, "http://localhost:1/v1", began)
     assert (failure.kind, failure.error, failure.setting) == (kind, error, setting)
-    assert failure.cause is raised
+    assert "secret" not in failure.what
+    assert failure.cause is raised or "sk-secret" in str(raised)

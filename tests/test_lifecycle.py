@@ -12,7 +12,8 @@ DEADLINES = Deadlines(5, 100, 10, 1000, "default", {name: f"llm.local.timeouts.{
 
 
 def life(**options):
-    options = {"attempts": 4, "wait_for_server": 60, "backoff": lambda attempt: float(attempt), **options}
+    options = {"attempts": 4, "wait_for_server": 60, "backoff": lambda attempt: float(attempt), "poll": (1, 60),
+               **options}  # fmt: skip
     return CallLife(DEADLINES, now=0, **options)
 
 
@@ -110,21 +111,41 @@ def test_a_pause_that_outlasts_the_callers_limit_is_not_begun():
 def test_waiting_for_the_server_spends_patience_and_no_attempt(kind):
     call = life(attempts=1)
     call.send(0)
-    assert call.fail(failure(kind), 10) == WaitForServer(70)
+    assert call.fail(failure(kind), 10) == WaitForServer(60, 1)  # what the attempt took counts, too
     assert call.phase is Phase.WAITING_FOR_SERVER
-    call.send(50)  # 40 of the 60 seconds are gone
+    call.send(40)
     assert call.attempt == 1
-    assert call.fail(failure(kind), 55) == WaitForServer(75)
-    call.send(75)
-    assert isinstance(call.fail(failure(kind), 76), GiveUp)
+    assert call.fail(failure(kind), 45) == WaitForServer(60, 2)
+    call.send(60)
+    given_up = call.fail(failure(kind), 61)
+    assert isinstance(given_up, GiveUp) and "not even after 60 s of waiting" in given_up.failure.what
+
+
+def test_a_server_that_claims_to_be_up_and_is_not_is_asked_more_and_more_seldom():
+    call = life(wait_for_server=1000)
+    pauses = []
+    for now in range(9):
+        call.send(now)
+        pauses.append(call.fail(failure(Kind.LOADING), now).pause)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
 def test_waiting_ends_with_the_callers_limit():
     call = life(call_timeout=30)
     call.send(0)
-    assert call.fail(failure(Kind.NOT_UP), 10) == WaitForServer(30)
+    assert call.fail(failure(Kind.NOT_UP), 10) == WaitForServer(30, 1)
     given_up = call.waited_in_vain(failure(Kind.NOT_UP), 30)
     assert given_up.failure.error is errors.TotalTimeout
+
+
+def test_after_the_finish_reason_only_a_short_time_is_left_whatever_comes():
+    call = life()
+    call.send(0)
+    call.token(1)
+    call.finish(2)
+    assert (call.phase, call.deadline) == (Phase.ENDING, 4)
+    call.finish(3)
+    assert call.deadline == 4
 
 
 def test_an_overflow_is_sent_once_more():

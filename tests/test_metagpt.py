@@ -6,7 +6,6 @@ from importlib import metadata
 
 import pytest
 from conftest import FAST, WORDS
-from metagpt import config2
 from metagpt.actions import Action
 from metagpt.actions.action_node import ActionNode
 from metagpt.configs.llm_config import LLMConfig, LLMType
@@ -18,6 +17,7 @@ from metagpt.team import Team
 from pydantic import ValidationError
 from tenacity import RetryError
 
+from metagpt import config2
 from metagpt_localllm import errors, events
 from metagpt_localllm.cli import METAGPT_KEYS
 from metagpt_localllm.provider import LocalLLM
@@ -286,9 +286,23 @@ def test_a_key_of_llm_that_metagpt_would_ignore_is_refused_when_it_was_meant_for
     config2.Config(llm={"api_type": "openai", "api_key": "k", key: "3"})
 
 
-def test_a_missing_model_is_named():
-    with pytest.raises(ValueError, match=r"llm\.model"):
-        create_llm_instance(LLMConfig(api_type="local_llm"))
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"base_url": "http://localhost:1/v1"}, "llm.model"),
+        ({"model": "m"}, "llm.base_url is missing"),
+        ({"model": "m", "base_url": "localhost:1234/v1"}, "llm.base_url"),
+        ({"model": "m", "base_url": "http://localhost:99999/v1"}, "llm.base_url"),
+        ({"model": "m", "base_url": "http://[::1/v1"}, "llm.base_url"),
+        ({"model": "m", "base_url": "http://h/v1", "proxy": "127.0.0.1:1"}, "llm.proxy"),
+        ({"model": "m", "base_url": "http://h/v1", "api_key": "sécret"}, "llm.api_key"),
+        ({"model": "m", "base_url": "http://h/v1", "timeout": -5}, "llm.timeout"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_at_once_and_named(wrong, named):
+    with pytest.raises(ValueError) as caught:
+        create_llm_instance(LLMConfig(api_type="local_llm", **wrong))
+    assert named in str(caught.value) and "sécret" not in str(caught.value)
 
 
 def test_the_models_section_takes_it_too():

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from metagpt_localllm.deadlines import plan_deadlines
 from metagpt_localllm.settings import LocalSettings, parse_duration
 
 
@@ -43,6 +44,11 @@ def test_a_number_of_seconds_stays_what_it_is(seconds):
         ({"retry": {"attempts": "many"}}, ("retry", "attempts"), "whole number"),
         ({"timeouts": {"stall": -1}}, ("timeouts", "stall"), "negative"),
         ({"timeouts": {"first_token": "2h", "total": "1h"}}, ("timeouts", "first_token"), "over total"),
+        ({"timeouts": {"first_token": "10m", "total": "5m"}}, ("timeouts", "first_token"), "over total"),
+        ({"timeouts": {"first_token": "3h"}}, ("timeouts", "first_token"), "by default"),
+        ({"timeouts": {"total": "1h"}, "tiers": [{"name": "a", "first_token": "2h"}]}, ("tiers", 0, "first_token"),
+         "from timeouts"),
+        ({"timeouts": {"stall": 10**400}}, ("timeouts", "stall"), "finite"),
         ({"tiers": [{"name": "a", "total": 5, "stall": 6}]}, ("tiers", 0, "stall"), "over total"),
         ({"tiers": [{"name": "a"}, {"name": "a"}]}, ("tiers", 1, "name"), "already"),
         ({"context": {"window": "huge"}}, ("context", "window"), "auto"),
@@ -56,6 +62,34 @@ def test_a_mistake_is_refused_with_its_path_and_remedy(settings, path, word):
     assert word in problem["msg"]
 
 
-def test_a_dumped_configuration_loads_again():
-    settings = LocalSettings.model_validate({"timeouts": {"total": "5m"}, "tiers": [{"name": "quick", "total": 60}]})
+@pytest.mark.parametrize(
+    "settings", [{"timeouts": {"total": "5m"}, "tiers": [{"name": "quick", "total": 60}]}, {"tiers": None}, {"retry": None}]
+)
+def test_what_is_inherited_gives_way_to_a_shorter_total_and_empty_blocks_are_none(settings):
+    LocalSettings.model_validate(settings)
+
+
+_duration = st.one_of(st.integers(1, 5000), st.integers(1, 50).map("{}m".format), st.floats(0.1, 9e3).map("{:.3f}s".format))
+_deadlines = st.fixed_dictionaries({}, optional={name: _duration for name in ("connect", "first_token", "stall", "total")})
+_tiers = st.lists(st.tuples(st.text(min_size=1, max_size=9), _deadlines), max_size=4, unique_by=lambda tier: tier[0])
+
+
+@given(_deadlines, _tiers)
+def test_settings_are_either_refused_or_give_deadlines_in_order_and_load_again_when_dumped(timeouts, tiers):
+    written = {"timeouts": timeouts, "tiers": [{"name": name, **deadlines} for name, deadlines in tiers]}
+    try:
+        settings = LocalSettings.model_validate(written)
+    except ValidationError as error:
+        assert all("over total" in problem["msg"] for problem in error.errors())
+        return
+    for tier in [None, *settings.tiers]:
+        deadlines = plan_deadlines(settings.timeouts, tier, None)
+        assert 0 < max(deadlines.connect, deadlines.first_token, deadlines.stall) <= deadlines.total
     assert LocalSettings.model_validate(settings.model_dump()) == settings
+
+
+@given(st.dictionaries(st.text(max_size=12), st.none() | st.booleans() | st.integers() | st.text(max_size=5), min_size=1, max_size=3))
+def test_no_unknown_key_is_ever_accepted(block):
+    if set(block) - set(LocalSettings.model_fields):
+        with pytest.raises(ValidationError):
+            LocalSettings.model_validate(block)
