@@ -3,11 +3,15 @@
     python bench/overhead.py
 
 CPU time of this process (the server runs in another), both providers in turn, as ratios of medians.
-Then the start-up cost of the .pth file: ``python -c pass`` in two environments, with and without it.
+Then the start-up cost of the .pth file: ``python -c pass`` in environments without one, with one that only
+imports sys, and with ours; in CPU time, and in instructions where there is valgrind.
 """
 
 import asyncio
 import os
+import re
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROUNDS, CALLS, TOKENS, STARTS = 9, 20, 2000, 60
+ROUNDS, CALLS, TOKENS, STARTS = 9, 20, 2000, 200
 ROOT = Path(__file__).parent.parent
 SERVER = """
 import asyncio, math
@@ -68,36 +72,46 @@ async def compare(base_url):
         )
 
 
+def cpu_of(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def instructions_of(command):
+    """Instructions by valgrind's count, which is the same every time; None where there is no valgrind."""
+    if shutil.which("valgrind") is None:
+        return None
+    counter = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *command]
+    said = subprocess.run(counter, env={**os.environ, "PYTHONHASHSEED": "0"}, capture_output=True, text=True).stderr
+    return int(re.search(r"Collected : (\d+)", said).group(1))
+
+
 def startup():
+    lines = {"no .pth file": None, "a .pth file that imports sys": "import sys\n",
+             "ours": (ROOT / "metagpt_localllm.pth").read_text()}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        pythons = {}
-        for name in ("without", "with"):
-            subprocess.run([sys.executable, "-m", "venv", "--without-pip", f"{folder}/{name}"], check=True)
-            pythons[name] = f"{folder}/{name}/bin/python"
-        site_packages = next(Path(folder, "with").glob("lib/python*/site-packages"))
-        pth = (ROOT / "metagpt_localllm.pth").read_text()
-        (site_packages / "metagpt_localllm.pth").write_text(pth)
-        seconds = {name: [] for name in pythons}
+        commands = {}
+        for number, (name, line) in enumerate(lines.items()):
+            venv = Path(folder, str(number))
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+            if line is not None:
+                (next(venv.glob("lib/python*/site-packages")) / "it.pth").write_text(line)
+            commands[name] = [str(venv / "bin" / "python"), "-c", "pass"]
+            cpu_of(commands[name])
+        seconds = {name: [] for name in commands}
         for _ in range(STARTS):
-            for name, python in pythons.items():
-                before = os.times()
-                subprocess.run([python, "-c", "pass"], check=True)
-                after = os.times()
-                seconds[name].append(after.children_user + after.children_system - before.children_user
-                                     - before.children_system)  # fmt: skip
-        mean = {name: statistics.fmean(values) for name, values in seconds.items()}
-        # The line itself, where the difference above is lost in the noise.
-        code = (
-            "import sys, time; line = open(sys.argv[1]).read(); n = 200; t = time.perf_counter()\n"
-            "for _ in range(n): exec(line)\n"
-            "print((time.perf_counter() - t) / n)"
-        )
-        line = float(subprocess.check_output([pythons["without"], "-c", code, str(ROOT / "metagpt_localllm.pth")]))
-    print(
-        f"start of python -c pass, CPU: with .pth {mean['with'] * 1e3:.2f} ms, without {mean['without'] * 1e3:.2f} ms, "
-        f"ratio {mean['with'] / mean['without']:.3f}; the line by itself {line * 1e6:.0f} µs, "
-        f"{line / mean['without'] * 100:.2f} % of a start"
-    )
+            for name, command in commands.items():
+                seconds[name].append(cpu_of(command))
+        instructions = {name: instructions_of(command) for name, command in commands.items()}
+    first = next(iter(commands))
+    for name, values in seconds.items():
+        told = f"python -c pass with {name}: {statistics.median(values) * 1e3:.2f} ms of CPU (median)"
+        told += f", ratio {statistics.median(values) / statistics.median(seconds[first]):.3f}"
+        if instructions[name] is not None:
+            told += f"; {instructions[name] / 1e6:.2f} million instructions, ratio {instructions[name] / instructions[first]:.3f}"
+        print(told)
 
 
 def main():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Iterable, Optional, Sequence
+from typing import Optional, Sequence
 
 from metagpt_localllm.settings import Match, Tier
 
-__all__ = ["DEFAULT_TIER", "Caller", "choose_tier", "needs_prompt_size"]
+__all__ = ["DEFAULT_TIER", "Caller", "choose_tier"]
 
 #: The name shown for calls that no tier matches; they have the deadlines of ``llm.local.timeouts``.
 DEFAULT_TIER = "default"
@@ -40,11 +40,6 @@ def choose_tier(
         if _matches(tier.match, caller, model, prompt_tokens, has_tools):
             return tier
     return None
-
-
-def needs_prompt_size(tiers: Iterable[Tier]) -> bool:
-    """Whether the choice depends on how many tokens the prompt has."""
-    return any(t.match.min_prompt_tokens is not None or t.match.max_prompt_tokens is not None for t in tiers)
 
 
 def _matches(match: Match, caller: Caller, model: str, prompt_tokens: int, has_tools: bool) -> bool:

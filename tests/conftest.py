@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 # MetaGPT reads its configuration and writes logs while it is imported: not from and to the user's folders.
@@ -150,7 +151,7 @@ def llama_cpp():
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not os.environ.get("METAGPT_1_0_PYTHON"):
-        terminalreporter.write_line(
-            "MetaGPT 1.0.0 was not tested: set METAGPT_1_0_PYTHON to the python of an environment that has it."
-        )
+    version = metadata.version("metagpt")
+    terminalreporter.write_line(f"Tested with MetaGPT {version}.")
+    if not version.startswith("1.") and not os.environ.get("METAGPT_1_0"):
+        terminalreporter.write_line("MetaGPT 1.0.0 was not tested: set METAGPT_1_0 to the folder of a checkout of its main branch.")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 from importlib import metadata
 
 import pytest
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from tenacity import RetryError
 
 from metagpt import config2
-from metagpt_localllm import errors, events
+from metagpt_localllm import errors, events, provider
 from metagpt_localllm.cli import METAGPT_KEYS
 from metagpt_localllm.provider import LocalLLM
 from metagpt_localllm.simulator import Answer, Fault, Machine, SimulatorThread, answers
@@ -242,6 +243,20 @@ async def test_a_hanging_server_gets_no_more_requests_than_attempts_from_one_act
         node = await fill(llm)
         assert node.instruct_content.Answer == "42"
         assert server.stats.requests == 5
+
+
+async def test_a_failed_retry_loop_leaves_nothing_behind(simulator, monkeypatch):
+    async def at_once(_seconds):
+        pass
+
+    monkeypatch.setattr(ActionNode._aask_v1.retry, "sleep", at_once)
+    async with simulator(Fault("error", times=None)) as server:
+        for _ in range(3):
+            with pytest.raises(RetryError):
+                await fill(make(server, local={"retry": {"attempts": 1}}))
+        assert server.stats.requests == 3
+    gc.collect()
+    assert len(provider._spent) == 0
 
 
 async def test_a_server_where_even_the_probe_hangs_gets_no_more_connections_than_attempts():
