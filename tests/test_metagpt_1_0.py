@@ -16,8 +16,9 @@ CHECKOUT = os.environ.get("METAGPT_1_0", "")
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="METAGPT_1_0 names no checkout")
 
 
-def run(*command, **environment):
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "METAGPT_1_0": "", **environment}, capture_output=True, text=True)
+def run(*command, folder=ROOT, **environment):
+    environment = {**os.environ, "METAGPT_1_0": "", **environment}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return done.stdout
 
@@ -47,4 +48,6 @@ def test_its_own_tests_of_its_configuration_pass_with_the_plugin_installed(pytho
     (tmp_path / ".metagpt" / "config2.yaml").write_text("llm: {api_type: openai, api_key: none, model: gpt-4-turbo}\n")
     tests = [f"{CHECKOUT}/tests/metagpt/{name}" for name in ("test_config.py", "configs", "provider/test_base_llm.py")]
     options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={CHECKOUT}", "-o", "asyncio_mode=strict"]
-    run(python, "-m", "pytest", *options, *tests, HOME=str(tmp_path), METAGPT_LOCALLLM_DISABLE=switched_off)
+    # They look for their data in the checkout.
+    where = {"HOME": str(tmp_path), "METAGPT_PROJECT_ROOT": CHECKOUT, "METAGPT_LOCALLLM_DISABLE": switched_off}
+    run(python, "-m", "pytest", *options, *tests, folder=CHECKOUT, **where)
