@@ -138,7 +138,7 @@ async def complete(call: Call) -> Outcome:
 
 async def _until_whole(run: _Run) -> Outcome:
     call, life = run.call, run.life
-    identified = await servers.identify(call.endpoint)
+    identified = await servers.identify(call.endpoint, call.settings.server)
     if identified.hung:
         life.spend_attempt()
     prompt = await _prepare(run, identified.server)
@@ -167,7 +167,7 @@ async def _until_whole(run: _Run) -> Outcome:
             if not await servers.wait_until_up(call.endpoint, step.until, step.pause):
                 _give_up(run, life.waited_in_vain(failure, anyio.current_time()).failure)
             servers.forget(call.endpoint, restarted=True)
-            prompt = await _prepare(run, (await servers.identify(call.endpoint)).server)
+            prompt = await _prepare(run, (await servers.identify(call.endpoint, call.settings.server)).server)
         elif isinstance(step, SendAgain):
             events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, 0.0))
             if failure.kind is Kind.STRICT:
@@ -175,7 +175,7 @@ async def _until_whole(run: _Run) -> Outcome:
             else:
                 _learn(call, failure, prompt)
                 servers.forget(call.endpoint)
-            prompt = await _prepare(run, (await servers.identify(call.endpoint)).server)
+            prompt = await _prepare(run, (await servers.identify(call.endpoint, call.settings.server)).server)
 
     life.whole()
     run.show("\n")
@@ -205,7 +205,7 @@ def _window(call: Call, server: Server) -> Optional[int]:
     if configured != "auto":
         window = configured
     else:
-        window = server.window or call.context_length or (None if server is servers.UNKNOWN else DEFAULT_WINDOW)
+        window = server.facts.window or call.context_length or (None if server is servers.UNKNOWN else DEFAULT_WINDOW)
     taught = servers.learned(call.endpoint).window
     return window if taught is None else min(taught, window or taught)
 
@@ -214,7 +214,7 @@ def window_is_a_guess(call: Call) -> bool:
     """Whether nobody has said how large the context window is."""
     server = servers.known(call.endpoint)
     return (
-        call.settings.context.window == "auto" and server is not None and not server.window
+        call.settings.context.window == "auto" and server is not None and not server.facts.window
         and not call.context_length and servers.learned(call.endpoint).window is None
     )  # fmt: skip
 
@@ -246,8 +246,7 @@ async def _prepare(run: _Run, server: Server) -> _Prompt:
     body["max_tokens"] = wanted if window is None else max(1, min(wanted, window - tokens))
     body["stream"] = True
     if not servers.is_strict(call.endpoint):
-        body["stream_options"] = {"include_usage": True}
-        body.update(server.extras)
+        body.update(server.extras())
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
     return _Prompt(content, tokens, estimate)
 

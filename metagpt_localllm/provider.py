@@ -163,8 +163,8 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
     def support_image_input(self) -> bool:
         """Whether the loaded model sees images: the server's word, else MetaGPT's list of names, else yes."""
         server = servers.known(self._endpoint())
-        if server is not None and server.images is not None:
-            return server.images
+        if server is not None and server.facts.images is not None:
+            return server.facts.images
         return True
 
     def _user_msg(self, msg: str, images: Optional[Union[str, list[str]]] = None) -> dict[str, Any]:

@@ -251,6 +251,16 @@ class LocalSettings(_Section):
     tiers: List[Tier] = []
     retry: RetrySettings = RetrySettings()
     context: ContextSettings = ContextSettings()
+    server: StrictStr = Field("auto", description="what the server is; auto asks it")
+
+    @field_validator("server")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        if value != "auto":
+            from metagpt_localllm.servers import kind_named  # needs httpx, which most configurations need not wait for
+
+            kind_named(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod

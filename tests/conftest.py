@@ -17,8 +17,8 @@ os.environ.update(HOME=str(_home), METAGPT_PROJECT_ROOT=str(_home))
 
 import pytest  # noqa: E402
 
-from metagpt_localllm import servers  # noqa: E402
 from metagpt_localllm.call import Call  # noqa: E402
+from metagpt_localllm.servers import detection  # noqa: E402
 from metagpt_localllm.settings import LocalSettings  # noqa: E402
 from metagpt_localllm.simulator import Answer, Machine, Simulator  # noqa: E402
 from metagpt_localllm.tiers import Caller  # noqa: E402
@@ -36,9 +36,9 @@ def words(_messages, _tools):
 @pytest.fixture(autouse=True)
 def _no_memory_of_servers():
     # Many simulators may get the same port one after the other.
-    servers._servers.clear()
-    servers._learned.clear()
-    servers._strict.clear()
+    detection._servers.clear()
+    detection._learned.clear()
+    detection._strict.clear()
 
 
 @pytest.fixture

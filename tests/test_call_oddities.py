@@ -206,7 +206,7 @@ async def test_a_server_that_comes_back_with_another_window_is_asked_again(simul
     server.faults = [Fault("loading", on=2, duration=10)]
     async with server:
         await complete(ask(server, "lorem ipsum dolor " * 400))
-    assert server.stats.requests == 3 and servers.known(ask(server).endpoint).window == 1000
+    assert server.stats.requests == 3 and servers.known(ask(server).endpoint).facts.window == 1000
 
 
 async def test_a_proxy_in_front_of_a_server_that_starts_is_not_taken_for_the_server(simulator, ask):

@@ -17,7 +17,7 @@ def call(base_url, messages, max_tokens=20):
 
 async def test_it_is_recognized_with_its_window(llama_cpp):
     identified = await servers.identify(Endpoint(llama_cpp, "tiny"))
-    assert (identified.server.kind, identified.server.window) == ("llama.cpp", 2048)
+    assert (identified.server.name, identified.server.facts.window) == ("llama.cpp", 2048)
     assert not identified.hung
 
 

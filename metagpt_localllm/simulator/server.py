@@ -25,7 +25,9 @@ from metagpt_localllm.simulator.machine import Machine, PrefixCache, Stats, rend
 
 __all__ = ["DIALECTS", "Simulator", "SimulatorThread", "serve"]
 
-DIALECTS = ("llama.cpp", "ollama", "lmstudio", "vllm", "plain")
+#: The dialects, and whom each names as the owner of a model.
+_OWNERS = {"llama.cpp": "llamacpp", "ollama": "library", "lmstudio": "organization_owner", "vllm": "vllm", "plain": "someone"}
+DIALECTS = tuple(_OWNERS)
 _PING = 30.0
 _FOREVER = 1e9
 AnswerFunction = Callable[[Sequence[Mapping[str, Any]], Optional[Sequence[Mapping[str, Any]]]], Answer]
@@ -275,11 +277,11 @@ class _Exchange:
     def _about(self, path: str) -> Optional[Any]:
         sim, machine = self.sim, self.sim.machine
         if path in ("/v1/models", "/models"):
-            entry: dict[str, Any] = {"id": sim.model, "object": "model", "created": 0, "owned_by": "organization_owner"}
+            entry: dict[str, Any] = {"id": sim.model, "object": "model", "created": 0, "owned_by": _OWNERS[sim.dialect]}
             if sim.dialect == "llama.cpp":
-                entry.update(owned_by="llamacpp", meta={"n_ctx": machine.context, "n_ctx_train": 16384})
+                entry.update(meta={"n_ctx": machine.context, "n_ctx_train": 16384})
             if sim.dialect == "vllm":
-                entry.update(owned_by="vllm", max_model_len=machine.context, root=sim.model)
+                entry.update(max_model_len=machine.context, root=sim.model)
             return {"object": "list", "data": [entry]}
         if path in ("/health", "/v1/health") and sim.dialect in ("llama.cpp", "vllm"):
             return {"status": "ok"}

@@ -1,0 +1,140 @@
+"""What a server can do, and the plain one that promises nothing.
+
+Each kind of server is a subclass in a module of its own: what it says, in which words, and its traps
+are there and nowhere else. The methods that do I/O raise whatever httpx raises and may return at any
+time; :mod:`metagpt_localllm.servers.detection` bounds and guards them for the rest of the package.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, Mapping, Optional
+
+from metagpt_localllm.transport import Endpoint, client_for
+
+__all__ = ["Ask", "Facts", "Server", "Unanswered", "entries", "positive"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server says of itself and of the model; None and "" where it does not say.
+
+    Attributes:
+        window: context window in tokens that one request has: of the loaded model, and of one slot.
+        largest_window: what the model was trained for, in tokens.
+        quantization: such as "Q4_K_M".
+        gpu_share: part of the model in the GPU's memory, 0 to 1.
+        slots: requests that are worked on at once.
+        images: whether the model sees images.
+        loaded: whether the model is in memory.
+        version: of the server.
+    """
+
+    window: Optional[int] = None
+    largest_window: Optional[int] = None
+    quantization: str = ""
+    gpu_share: Optional[float] = None
+    slots: Optional[int] = None
+    images: Optional[bool] = None
+    loaded: Optional[bool] = None
+    version: str = ""
+
+
+class Unanswered(Exception):
+    """A question got no usable answer: the server loads, a proxy answers for it, or the key is wrong."""
+
+
+class Ask:
+    """Questions to one server beside the chat.
+
+    Attributes:
+        connected: whether any connection stood.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.connected = False
+
+    async def json(self, path: str, body: Optional[Mapping[str, Any]] = None) -> Optional[Mapping[str, Any]]:
+        """The JSON object at ``path``, which is below the API when it begins with ``./`` and else at the server's root.
+
+        None where there is none. GET, or POST when there is a body.
+
+        Raises:
+            Unanswered: 401, 403 or 5xx.
+            httpx.HTTPError: no answer.
+        """
+        content = None if body is None else json.dumps(body, default=str).encode("utf-8", "replace")
+        endpoint = self.endpoint
+        url = endpoint.base_url.rstrip("/") + path[1:] if path.startswith("./") else endpoint.root + path
+        response = await client_for(endpoint).request(
+            "GET" if body is None else "POST", url, content=content, headers=endpoint.headers,
+            extensions={"trace": self._trace},
+        )  # fmt: skip
+        if response.status_code >= 500 or response.status_code in (401, 403):
+            raise Unanswered(f"{response.status_code}")
+        if response.status_code != 200:
+            return None
+        try:
+            answer = response.json()
+        except ValueError:
+            return None
+        return answer if isinstance(answer, Mapping) else None
+
+    async def _trace(self, event: str, _info: Mapping[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            self.connected = True
+
+
+class Server:
+    """The plain OpenAI-compatible server, and the base of all others.
+
+    Attributes:
+        name: what users call it, and what ``llm.local.server`` takes.
+        counts: whether :meth:`count_tokens` may give a number.
+        facts: what it said.
+    """
+
+    name: ClassVar[str] = "plain"
+    counts: ClassVar[bool] = False
+
+    def __init__(self, facts: Optional[Facts] = None) -> None:
+        self.facts = facts or Facts()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.facts})"
+
+    @classmethod
+    def recognizes(cls, models: Mapping[str, Any]) -> bool:
+        """Whether its list of models (``/v1/models``) gives it away."""
+        return False
+
+    @classmethod
+    async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
+        """Asks the endpoint that only this kind of server has; None where it is another."""
+        return None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the facts will stay as they are as long as the server runs; else they are asked for again."""
+        return True
+
+    def extras(self) -> Mapping[str, Any]:
+        """Fields of a chat request beyond OpenAI's that make its work visible."""
+        return {"stream_options": {"include_usage": True}}
+
+    async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
+        """Tokens of a prompt (``model``, ``messages``, ``tools``) by its own tokenizer and chat template."""
+        return None
+
+
+def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:
+    """The objects in the list ``holder[key]``; none where the shape is another."""
+    found = holder.get(key) if isinstance(holder, Mapping) else None
+    return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+
+
+def positive(value: Any) -> Optional[int]:
+    """``value`` where it is a whole number above zero."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

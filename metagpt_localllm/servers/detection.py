@@ -1,0 +1,208 @@
+"""Finding out what kind of server answers, once per address, and what is asked of it beside the chat.
+
+Nothing here ever fails a call or delays it by more than a second (counting tokens: five).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional
+from weakref import WeakKeyDictionary
+
+import anyio
+
+from metagpt_localllm.servers.base import Ask, Server
+from metagpt_localllm.servers.llama_cpp import LlamaCpp
+from metagpt_localllm.servers.lm_studio import LMStudio
+from metagpt_localllm.servers.ollama import Ollama
+from metagpt_localllm.servers.vllm import VLLM
+from metagpt_localllm.transport import Endpoint, client_for
+
+__all__ = [
+    "KINDS", "UNKNOWN", "Identified", "Learned", "count_tokens", "forget", "identify", "is_strict", "kind_named", "known",
+    "learned", "mark_strict", "wait_until_up",
+]  # fmt: skip
+
+#: The kinds of servers, in the order in which they are tried where the list of models gives none of them away.
+KINDS: tuple[type[Server], ...] = (LlamaCpp, Ollama, LMStudio, VLLM)
+#: A server that did not even say that it is none of these.
+UNKNOWN = Server()
+#: Seconds for finding out what the server is: it answers such questions at once, or is busy or broken.
+_PROBE_LIMIT = 1.0
+#: Seconds for counting the tokens of a prompt.
+_COUNT_LIMIT = 5.0
+#: Seconds for one look whether the server is up.
+_POLL_LIMIT = 5.0
+#: Seconds between two such looks, at the most.
+_LONGEST_PAUSE = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Identified:
+    """The outcome of asking. ``hung``: a connection stood, and no answer came."""
+
+    server: Server
+    hung: bool = False
+
+
+@dataclass
+class Learned:
+    """What the overflow errors of a server have taught.
+
+    Attributes:
+        window: context window in tokens as such an error named it, or None.
+        scale: tokens as the server counts them over those that we estimate; 1 until an error says otherwise.
+    """
+
+    window: Optional[int] = None
+    scale: float = 1.0
+
+
+_Key = tuple[str, str]
+_servers: dict[_Key, Server] = {}
+_learned: dict[_Key, Learned] = {}
+_strict: set[str] = set()
+_probes: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, asyncio.Task[Identified]]] = WeakKeyDictionary()
+
+
+def kind_named(name: str) -> type[Server]:
+    """The kind that ``llm.local.server`` names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    kinds: dict[str, type[Server]] = {kind.name: kind for kind in (*KINDS, Server)}
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known are: auto, {', '.join(kinds)}"
+        raise ValueError(f"there is no server '{name}'; {hint}")
+    return kinds[name]
+
+
+def _key(endpoint: Endpoint) -> _Key:
+    return endpoint.base_url, endpoint.model
+
+
+def known(endpoint: Endpoint) -> Optional[Server]:
+    """What an earlier call has found out, or None."""
+    return _servers.get(_key(endpoint))
+
+
+def learned(endpoint: Endpoint) -> Learned:
+    """What earlier calls have learned; to be changed in place."""
+    return _learned.setdefault(_key(endpoint), Learned())
+
+
+def forget(endpoint: Endpoint, *, restarted: bool = False) -> None:
+    """The server may have changed, so it is asked again; one that was ``restarted`` may also hold another window."""
+    _servers.pop(_key(endpoint), None)
+    if restarted:
+        _learned.pop(_key(endpoint), None)
+
+
+async def identify(endpoint: Endpoint, named: str = "auto") -> Identified:
+    """Asks the server what it is, for at most a second, unless an earlier call has. Never raises.
+
+    Calls that begin at the same time share one probe: on llama-cpp-python any request cuts a running stream.
+
+    Args:
+        endpoint: where it is.
+        named: ``llm.local.server``: "auto", or the name of the kind that it is taken for.
+    """
+    found = known(endpoint)
+    if found is not None:
+        return Identified(found)
+    probes = _probes.setdefault(asyncio.get_running_loop(), {})
+    probe = probes.get(_key(endpoint))
+    if probe is None:
+        probe = probes[_key(endpoint)] = asyncio.ensure_future(_identify(endpoint, named))
+        probe.add_done_callback(lambda _: probes.pop(_key(endpoint), None))
+    return await asyncio.shield(probe)
+
+
+async def _identify(endpoint: Endpoint, named: str) -> Identified:
+    ask = Ask(endpoint)
+    kind = None if named == "auto" else kind_named(named)
+    server: Optional[Server] = None
+    hung = True
+    with anyio.move_on_after(_PROBE_LIMIT):
+        try:
+            server = await (_detect(ask) if kind is None else kind.identify(ask, endpoint.model))
+        except Exception as error:  # whatever odd thing answers there, the call itself will tell
+            _log.debug("%s was not identified: %s", endpoint.address, type(error).__name__)
+        hung = False
+    if server is None:
+        return Identified(kind() if kind is not None else UNKNOWN, hung=hung and ask.connected)
+    if server.settled:
+        _servers[_key(endpoint)] = server
+    return Identified(server)
+
+
+class _Unlisted(Server):
+    """A plain server that does not even list its models, which may be a proxy in front of one that starts."""
+
+    settled = False
+
+
+async def _detect(ask: Ask) -> Server:
+    """The list of models, which all servers have, gives most of them away; the others are tried one by one."""
+    model = ask.endpoint.model
+    models = await ask.json("./models")
+    likely = [kind for kind in KINDS if models is not None and kind.recognizes(models)]
+    for kind in [*likely, *(kind for kind in KINDS if kind not in likely)]:
+        server = await kind.identify(ask, model)
+        if server is not None:
+            return server
+    return Server() if models is not None else _Unlisted()
+
+
+async def count_tokens(server: Server, endpoint: Endpoint, body: Mapping[str, Any]) -> Optional[int]:
+    """Tokens of the prompt in ``body`` as the server's own tokenizer and template make them, or None. Never raises."""
+    if not server.counts:
+        return None
+    prompt = {key: body[key] for key in ("model", "messages", "tools") if body.get(key)}
+    with anyio.move_on_after(_COUNT_LIMIT):
+        try:
+            return await server.count_tokens(Ask(endpoint), prompt)
+        except Exception as error:  # the estimate serves instead
+            _log.debug("%s did not count: %s", endpoint.address, type(error).__name__)
+    return None
+
+
+async def _is_up(endpoint: Endpoint, limit: float) -> bool:
+    """Whether anything answers at the server's address that is not loading. Never raises."""
+    with anyio.move_on_after(limit):
+        try:
+            response = await client_for(endpoint).get(f"{endpoint.root}/health", headers=endpoint.headers)
+            return response.status_code != 503
+        except Exception as error:
+            _log.debug("%s is not up: %s", endpoint.address, type(error).__name__)
+    return False
+
+
+async def wait_until_up(endpoint: Endpoint, until: float, first_pause: float) -> bool:
+    """Polls until the server is up or the event loop's clock shows ``until``; pauses grow to 5 seconds."""
+    pause = first_pause
+    while True:
+        left = until - anyio.current_time()
+        if left <= 0:
+            return False
+        await anyio.sleep(min(pause, left))
+        left = until - anyio.current_time()
+        if left > 0 and await _is_up(endpoint, min(_POLL_LIMIT, left)):
+            return True
+        pause = min(pause * 2, max(_LONGEST_PAUSE, first_pause))
+
+
+def mark_strict(endpoint: Endpoint) -> None:
+    """Remembers that the server refuses fields it does not know."""
+    _strict.add(endpoint.base_url)
+
+
+def is_strict(endpoint: Endpoint) -> bool:
+    return endpoint.base_url in _strict

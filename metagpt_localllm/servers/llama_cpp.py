@@ -1,0 +1,52 @@
+"""llama.cpp's own server, ``llama-server`` (b11549 and its source; builds from b6399 on)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Mapping, Optional
+
+from metagpt_localllm.servers.base import Ask, Facts, Server, entries, positive
+
+__all__ = ["LlamaCpp"]
+
+
+class LlamaCpp(Server):
+    """It shows all it does: prefill progress in the stream, slots, timings, its own token counts."""
+
+    name: ClassVar[str] = "llama.cpp"
+    counts: ClassVar[bool] = True
+
+    @classmethod
+    def recognizes(cls, models: Mapping[str, Any]) -> bool:
+        return any(entry.get("owned_by") == "llamacpp" for entry in entries(models, "data"))
+
+    @classmethod
+    async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
+        props = await ask.json("/props")
+        defaults = props.get("default_generation_settings") if props is not None else None
+        if props is None or not isinstance(defaults, Mapping):
+            return None
+        modalities = props.get("modalities")
+        return cls(
+            Facts(
+                window=positive(defaults.get("n_ctx")),  # of one slot
+                quantization=str(props.get("model_ftype") or ""),
+                slots=positive(props.get("total_slots")),
+                images=bool(modalities.get("vision")) if isinstance(modalities, Mapping) else None,
+                loaded=not props.get("is_sleeping", False),
+                version=str(props.get("build_info") or ""),
+            )
+        )
+
+    def extras(self) -> Mapping[str, Any]:
+        return {**super().extras(), "return_progress": True}
+
+    async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
+        answer = await ask.json("/v1/chat/completions/input_tokens", prompt)
+        if answer is not None:
+            return positive(answer.get("input_tokens"))
+        # Builds before b9540.
+        text = (await ask.json("/apply-template", prompt) or {}).get("prompt")
+        if not isinstance(text, str):
+            return None
+        tokens = (await ask.json("/tokenize", {"content": text, "add_special": True}) or {}).get("tokens")
+        return len(tokens) if isinstance(tokens, list) else None

@@ -1,0 +1,51 @@
+"""LM Studio (its documentation of 0.4 and its bug tracker; the server itself is closed)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Mapping, Optional
+
+from metagpt_localllm.servers.base import Ask, Facts, Server, entries, positive
+
+__all__ = ["LMStudio"]
+
+
+class LMStudio(Server):
+    """Its OpenAI API tells little; ``/api/v1`` (from 0.4.0) and ``/api/v0`` tell what is loaded."""
+
+    name: ClassVar[str] = "lmstudio"
+
+    @classmethod
+    def recognizes(cls, models: Mapping[str, Any]) -> bool:
+        return any(entry.get("owned_by") == "organization_owner" for entry in entries(models, "data"))
+
+    @classmethod
+    async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
+        for path in ("/api/v1/models", "/api/v0/models"):
+            listing = await ask.json(path)
+            if listing is not None:
+                return cls(_facts(listing, model))
+        return None
+
+    @property
+    def settled(self) -> bool:
+        # A model that is loaded on demand has no window yet.
+        return self.facts.window is not None
+
+
+def _facts(listing: Mapping[str, Any], model: str) -> Facts:
+    for entry in [*entries(listing, "models"), *entries(listing, "data")]:
+        instances = entries(entry, "loaded_instances")
+        if model not in [entry.get("key"), entry.get("id"), *(i.get("id") for i in instances)]:
+            continue
+        configs = [i["config"] for i in instances if isinstance(i.get("config"), Mapping)]
+        windows = [config.get("context_length") for config in configs] + [entry.get("loaded_context_length")]
+        capabilities, quantization = entry.get("capabilities"), entry.get("quantization")
+        return Facts(
+            window=next(filter(None, map(positive, windows)), None),
+            largest_window=positive(entry.get("max_context_length")),
+            quantization=str(quantization.get("name") if isinstance(quantization, Mapping) else quantization or ""),
+            slots=next(filter(None, (positive(config.get("parallel")) for config in configs)), None),
+            images=bool(capabilities.get("vision")) if isinstance(capabilities, Mapping) else None,
+            loaded=bool(instances) or entry.get("state") == "loaded",
+        )
+    return Facts()
