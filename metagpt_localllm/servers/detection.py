@@ -76,7 +76,8 @@ def kind_named(name: str) -> type[Server]:
     Raises:
         ValueError: there is none of that name.
     """
-    kinds: dict[str, type[Server]] = {kind.name: kind for kind in (*KINDS, Server)}
+    every: tuple[type[Server], ...] = (*KINDS, Server)
+    kinds = {kind.name: kind for kind in every}
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are: auto, {', '.join(kinds)}"
