@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Mapping, Optional
+from typing import Any, ClassVar, Hashable, Mapping, Optional
 
 from metagpt_localllm.transport import Endpoint, client_for
 
-__all__ = ["Ask", "Facts", "Server", "Unanswered", "entries", "positive"]
+__all__ = ["Ask", "Facts", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,38 @@ class Facts:
     version: str = ""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a server says that it is doing.
+
+    Attributes:
+        busy: whether it works on any request at all.
+        marker: any value; that it is another than at the last look proves that the work goes on.
+        what: the work in a few words, for people: "loading the model", "prefill".
+    """
+
+    busy: bool
+    marker: Hashable
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long an answer took by the server's own clock, in seconds; None where it does not say.
+
+    Attributes:
+        cached_tokens: prompt tokens that came from its prefix cache.
+        prefill: the rest of the prompt.
+        decode: the answer.
+        load: loading the model.
+    """
+
+    cached_tokens: Optional[int] = None
+    prefill: Optional[float] = None
+    decode: Optional[float] = None
+    load: Optional[float] = None
+
+
 class Unanswered(Exception):
     """A question got no usable answer: the server loads, a proxy answers for it, or the key is wrong."""
 
@@ -65,6 +97,15 @@ class Ask:
             Unanswered: 401, 403 or 5xx.
             httpx.HTTPError: no answer.
         """
+        answer = await self._answer(path, body)
+        return answer if isinstance(answer, Mapping) else None
+
+    async def array(self, path: str) -> Optional[list[Mapping[str, Any]]]:
+        """The objects in the JSON array at ``path``; raises as :meth:`json` does."""
+        answer = await self._answer(path, None)
+        return [entry for entry in answer if isinstance(entry, Mapping)] if isinstance(answer, list) else None
+
+    async def _answer(self, path: str, body: Optional[Mapping[str, Any]]) -> Any:
         content = None if body is None else json.dumps(body, default=str).encode("utf-8", "replace")
         endpoint = self.endpoint
         url = endpoint.base_url.rstrip("/") + path[1:] if path.startswith("./") else endpoint.root + path
@@ -77,10 +118,9 @@ class Ask:
         if response.status_code != 200:
             return None
         try:
-            answer = response.json()
+            return response.json()
         except ValueError:
             return None
-        return answer if isinstance(answer, Mapping) else None
 
     async def _trace(self, event: str, _info: Mapping[str, Any]) -> None:
         if event == "connection.connect_tcp.complete":
@@ -93,11 +133,13 @@ class Server:
     Attributes:
         name: what users call it, and what ``llm.local.server`` takes.
         counts: whether :meth:`count_tokens` may give a number.
+        watchable: whether :meth:`work` may be asked while a request runs; the shortest interval is two seconds.
         facts: what it said.
     """
 
     name: ClassVar[str] = "plain"
     counts: ClassVar[bool] = False
+    watchable: ClassVar[bool] = False
 
     def __init__(self, facts: Optional[Facts] = None) -> None:
         self.facts = facts or Facts()
@@ -123,6 +165,35 @@ class Server:
     def extras(self) -> Mapping[str, Any]:
         """Fields of a chat request beyond OpenAI's that make its work visible."""
         return {"stream_options": {"include_usage": True}}
+
+    def progress(self, chunk: Mapping[str, Any]) -> Optional[int]:
+        """Prompt tokens processed so far, where this chunk of a stream tells."""
+        return None
+
+    def progress_of_comment(self, comment: bytes) -> Optional[int]:
+        """The same, where this comment of a stream tells (it comes without its colon)."""
+        return None
+
+    def timings(self, totals: Mapping[str, Any]) -> Timings:
+        """What the last chunk of a stream, or ``usage`` in it, tells."""
+        usage = totals.get("usage")
+        details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
+        cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+        return Timings(cached if isinstance(cached, int) and not isinstance(cached, bool) and cached >= 0 else None)
+
+    async def work(self, ask: Ask) -> Optional[Work]:
+        """What it is doing; None where it does not tell."""
+        return None
+
+    async def load(self, ask: Ask, model: str) -> None:
+        """Loads the model, for as long as that takes, where a request would lose it by giving up too early."""
+
+    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """The request that goes on with the answer ``partial``; None where it cannot.
+
+        Whether the answer then repeats ``partial`` in front differs; the caller has to look.
+        """
+        return None
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         """Tokens of a prompt (``model``, ``messages``, ``tools``) by its own tokenizer and chat template."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, entries, positive
+from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, Work, entries, positive
 
 __all__ = ["LlamaCpp"]
 
@@ -14,6 +14,8 @@ class LlamaCpp(Server):
 
     name: ClassVar[str] = "llama.cpp"
     counts: ClassVar[bool] = True
+    # More often than once in 1.5 s would delay its own look whether a client is still there (measured, b11549).
+    watchable: ClassVar[bool] = True
 
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
@@ -39,6 +41,38 @@ class LlamaCpp(Server):
 
     def extras(self) -> Mapping[str, Any]:
         return {**super().extras(), "return_progress": True}
+
+    def progress(self, chunk: Mapping[str, Any]) -> Optional[int]:
+        progress = chunk.get("prompt_progress")
+        processed = progress.get("processed") if isinstance(progress, Mapping) else None
+        return processed if isinstance(processed, int) else None
+
+    def timings(self, totals: Mapping[str, Any]) -> Timings:
+        told = totals.get("timings")
+        if not isinstance(told, Mapping):
+            return super().timings(totals)
+
+        def seconds(key: str) -> Optional[float]:
+            value = told.get(key)
+            return value / 1000 if isinstance(value, (int, float)) and value >= 0 else None
+
+        cached = told.get("cache_n")
+        return Timings(cached if isinstance(cached, int) else None, seconds("prompt_ms"), seconds("predicted_ms"))
+
+    async def work(self, ask: Ask) -> Optional[Work]:
+        slots = await ask.array("/slots")
+        if slots is None:
+            return None
+        busy = [slot for slot in slots if slot.get("is_processing")]
+        # The counts are in builds from b9276 on; next_token is an object in some builds and a list in others.
+        marker = tuple(
+            f"{slot.get('id_task')} {slot.get('n_prompt_tokens_processed')} {slot.get('next_token')}" for slot in busy
+        )
+        return Work(bool(busy), marker, "prefill or decode")
+
+    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        messages = [*body["messages"], {"role": "assistant", "content": partial}]
+        return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         answer = await ask.json("/v1/chat/completions/input_tokens", prompt)
