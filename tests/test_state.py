@@ -1,0 +1,138 @@
+"""The state file: shared, private, and never in the way."""
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from metagpt_localllm.state import State
+
+
+@pytest.fixture
+def warnings():
+    return []
+
+
+@pytest.fixture
+def state(tmp_path, warnings):
+    return State(tmp_path / "deep" / "state.db", warnings.append)
+
+
+def test_what_is_kept_is_there_for_the_next_run(state):
+    for number in range(3):
+        state.add_sample("http://a", "m", {"n": number})
+    state.add_sample("http://a", "other", {"n": 9})
+    assert state.flush()
+    again = State(state.path)
+    assert [sample["n"] for sample in again.samples("http://a", "m")] == [0, 1, 2]
+    assert again.samples("http://b", "m") == []
+
+
+def test_only_the_owner_can_read_it(state):
+    state.add_sample("http://a", "m", {})
+    assert state.flush()
+    for file in state.path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    assert stat.S_IMODE(state.path.parent.stat().st_mode) == 0o700
+
+
+def test_the_oldest_go(state):
+    for number in range(230):
+        state.add_sample("http://a", "m", {"n": number})
+    assert state.flush(10)
+    kept = [sample["n"] for sample in State(state.path).samples("http://a", "m")]
+    assert kept == list(range(30, 230))
+
+
+def test_reading_makes_no_file(state):
+    assert state.samples("http://a", "m") == [] and not state.path.exists()
+
+
+def write_many(path, name):
+    state = State(path)
+    for number in range(40):
+        state.add_sample("http://a", name, {"n": number})
+    assert state.flush(30)
+
+
+def test_processes_write_at_the_same_time(state):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_many, args=(state.path, f"m{n}")) for n in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert all(len(state.samples("http://a", f"m{n}")) == 40 for n in range(4))
+
+
+def test_a_process_killed_while_it_writes_leaves_a_whole_file(state):
+    code = (
+        "import sys; from pathlib import Path; from metagpt_localllm.state import State\n"
+        "state = State(Path(sys.argv[1])); n = 0\n"
+        "while True:\n  state.add_sample('http://a', 'm', {'n': n}); n += 1; state.flush(9)\n"
+    )
+    for pause in (0.02, 0.1, 0.25, 0.4):
+        process = subprocess.Popen([sys.executable, "-c", code, str(state.path)])
+        end = time.monotonic() + 20
+        while not state.samples("http://a", "m") and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with sqlite3.connect(state.path) as database:
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        numbers = [sample["n"] for sample in state.samples("http://a", "m")]
+        assert numbers, "what was written before is still there"
+
+
+def test_a_place_that_cannot_be_written_costs_one_warning(tmp_path, warnings):
+    (tmp_path / "file").write_text("not a folder")
+    state = State(tmp_path / "file" / "state.db", warnings.append)
+    for _ in range(3):
+        state.add_sample("http://a", "m", {})
+        assert state.flush()
+    assert state.samples("http://a", "m") == []
+    assert len(warnings) == 1 and "lasts for this run only" in warnings[0]
+
+
+def test_a_damaged_file_costs_one_warning(state, warnings):
+    state.path.parent.mkdir()
+    state.path.write_bytes(b"this is no database" * 100)
+    assert state.samples("http://a", "m") == []
+    state.add_sample("http://a", "m", {})
+    assert len(warnings) == 1
+
+
+def test_a_file_of_a_newer_release_is_left_alone(state, warnings):
+    state.path.parent.mkdir()
+    with sqlite3.connect(state.path) as database:
+        database.execute("PRAGMA user_version = 999")
+    assert state.samples("http://a", "m") == []
+    assert "newer" in warnings[0]
+    with sqlite3.connect(state.path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (999,)
+
+
+def test_a_call_never_waits_for_the_disk(state):
+    state.add_sample("http://a", "m", {})
+    assert state.flush()
+    holder = sqlite3.connect(state.path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    started = threading.Event()
+
+    def add():
+        state.add_sample("http://a", "m", {"n": 1})
+        started.set()
+
+    threading.Thread(target=add).start()
+    assert started.wait(2) and not state.flush(0.05)
+    holder.execute("COMMIT")
+    assert state.flush(10)
