@@ -23,7 +23,6 @@ class Answer:
         finish_reason: None until the model has said why it ended; only then is the answer whole.
         usage: token counts as the server sent them, or None.
         timings: llama.cpp's ``timings``, or None.
-        progress: (processed, total) prompt tokens of llama.cpp's prefill progress, or None.
         tokens: chunks that carried text, reasoning or a part of a tool call; about one token each.
     """
 
@@ -31,7 +30,6 @@ class Answer:
         self.finish_reason: Optional[str] = None
         self.usage: Optional[dict[str, Any]] = None
         self.timings: Optional[dict[str, Any]] = None
-        self.progress: Optional[tuple[int, int]] = None
         self.tokens = 0
         self._id = ""
         self._model = ""
@@ -58,7 +56,7 @@ class Answer:
 
         Chunks of unexpected shape carry nothing. A role, an empty text or an empty delta is no token.
         """
-        if not self._id or "usage" in chunk or "timings" in chunk or "prompt_progress" in chunk:
+        if not self._id or "usage" in chunk or "timings" in chunk:
             self._take_totals(chunk)
         choices = chunk.get("choices")
         if not choices or self.finish_reason is not None:
@@ -120,13 +118,11 @@ class Answer:
     def _take_totals(self, chunk: Mapping[str, Any]) -> None:
         self._id = self._id or str(chunk.get("id") or "")
         self._model = str(chunk.get("model") or self._model)
-        usage, timings, progress = chunk.get("usage"), chunk.get("timings"), chunk.get("prompt_progress")
+        usage, timings = chunk.get("usage"), chunk.get("timings")
         if isinstance(usage, Mapping):
             self.usage = dict(usage)
         if isinstance(timings, Mapping):
             self.timings = dict(timings)
-        if isinstance(progress, Mapping):
-            self.progress = (int(progress.get("processed") or 0), int(progress.get("total") or 0))
 
     def completion_usage(self, estimated_prompt: int, estimated_answer: int) -> CompletionUsage:
         """Token counts, each estimated where the server sent none or nonsense."""

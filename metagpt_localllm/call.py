@@ -1,6 +1,7 @@
 """One call from MetaGPT's messages to a whole answer: the one way through this package.
 
-    identify the server → choose the tier → fit the context → send → read the stream → retry or return
+    choose the tier → identify the server → fit the context → wait for a turn → plan the deadlines → send
+    → read the stream, and look after the server when it is silent → learn → retry or return
 
 The decisions are pure and live elsewhere (``tiers``, ``deadlines``, ``trimming``, ``failures``,
 ``lifecycle``); this module does the I/O around them.
@@ -8,12 +9,15 @@ The decisions are pure and live elsewhere (``tiers``, ``deadlines``, ``trimming`
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, NoReturn, Optional
+from typing import Any, AsyncIterator, Callable, Mapping, NoReturn, Optional, Sequence
 
 import anyio
 import httpx
@@ -21,19 +25,22 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion
 from tenacity import RetryCallState, wait_random_exponential
 
-from metagpt_localllm import errors, events, failures, servers
+from metagpt_localllm import errors, events, failures, latency, servers
 from metagpt_localllm.answer import Answer
-from metagpt_localllm.deadlines import plan_deadlines
+from metagpt_localllm.concurrency import gate_for
+from metagpt_localllm.deadlines import Deadlines, plan_deadlines
 from metagpt_localllm.events import CallInfo
 from metagpt_localllm.failures import Failure, Kind
+from metagpt_localllm.history import history_of
 from metagpt_localllm.lifecycle import BackOff, CallLife, GiveUp, Phase, SendAgain, WaitForServer
-from metagpt_localllm.servers import Server
+from metagpt_localllm.servers import Identified, Server
 from metagpt_localllm.settings import Backoff, LocalSettings
 from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from metagpt_localllm.tiers import Caller, choose_tier
 from metagpt_localllm.tokens import MESSAGE_TOKENS, estimate_message, estimate_prompt, estimate_text
 from metagpt_localllm.transport import Endpoint, client_for
 from metagpt_localllm.trimming import Fitted, fit
+from metagpt_localllm.watch import INTERVAL, watch
 
 __all__ = ["DEFAULT_WINDOW", "Call", "Outcome", "complete"]
 
@@ -87,7 +94,9 @@ class _Prompt:
     """A request made ready: the same bytes for every attempt."""
 
     content: bytes
+    messages: Sequence[Mapping[str, Any]]
     tokens: int
+    max_tokens: int
     estimate: int
 
 
@@ -97,11 +106,14 @@ class _Run:
     def __init__(self, call: Call) -> None:
         settings, endpoint, tools = call.settings, call.endpoint, call.body.get("tools")
         self.call = call
+        self.server: Server = servers.UNKNOWN
+        self.history = history_of(endpoint)
         self.estimate = estimate_prompt(call.body["messages"], tools)
-        tier = choose_tier(
+        self.tier = choose_tier(
             settings.tiers, call.caller, model=endpoint.model, prompt_tokens=self.estimate, has_tools=bool(tools)
         )
-        self.deadlines = plan_deadlines(settings.timeouts, tier, call.attempt_cap)
+        self.time_scale = _time_scale()
+        self.deadlines = plan_deadlines(settings.timeouts, self.tier, call.attempt_cap)
         backoff = settings.retry.backoff
         self.life = CallLife(
             self.deadlines,
@@ -114,7 +126,34 @@ class _Run:
         )
         self.info = CallInfo(next(_numbers), endpoint.model, call.caller, self.deadlines.tier)
         self.answer = Answer()
+        self.shared_tokens = 0
         self.counts = True  # until a count of the server's has failed
+        self.alone = False  # until the server has run out of the context that its slots share
+        self.death: Optional[Failure] = None  # the proof that the server has lost this request
+        self.scope = anyio.CancelScope(deadline=self.life.call_end)
+
+    def plan(self, prompt: _Prompt) -> Deadlines:
+        """The deadlines of the next attempt, by what has been learned until now."""
+        estimator, now = self.history.estimator, anyio.current_time()
+        self.shared_tokens = self.history.shared_tokens(prompt.messages)
+        cached = estimator.cached_tokens(prompt.tokens, self.shared_tokens)
+        may_load = self.server.facts.loaded is not True and self.history.may_load(now)
+        new = prompt.tokens - cached
+        estimates = {
+            "first_token": estimator.first_token(new, cached_tokens=cached, may_load=may_load),
+            "stall": estimator.stall(),
+            "total": estimator.total(new, prompt.max_tokens, cached_tokens=cached, may_load=may_load),
+        }
+        learned = {}
+        for name, limits in latency.DEFAULTS.items():
+            if self.time_scale != 1.0:
+                limits = latency.Limits(
+                    limits.floor / self.time_scale, limits.ceiling / self.time_scale, limits.cold / self.time_scale,
+                    limits.margin,
+                )  # fmt: skip
+            learned[name] = latency.deadline(name, estimates[name], limits, backoff=estimator.backoff(name))
+        call = self.call
+        return plan_deadlines(call.settings.timeouts, self.tier, call.attempt_cap, learned)
 
     def show(self, text: str) -> None:
         """Shows text to whoever streams. What goes wrong there (a console that cannot encode it) is no fault of the answer."""
@@ -131,23 +170,31 @@ async def complete(call: Call) -> Outcome:
         LocalLLMError: one of its subclasses, when the attempts, the time or the remedies are used up.
     """
     run = _Run(call)
-    with anyio.CancelScope(deadline=run.life.call_end):
+    with run.scope:
         return await _until_whole(run)
     _give_up(run, run.life.expire(anyio.current_time()))
 
 
 async def _until_whole(run: _Run) -> Outcome:
     call, life = run.call, run.life
-    identified = await servers.identify(call.endpoint, call.settings.server)
-    if identified.hung:
+    if (await _identify(run)).hung:
         life.spend_attempt()
-    prompt = await _prepare(run, identified.server)
+    prompt = await _prepare(run, run.server)
 
     while True:
-        life.send(anyio.current_time())
-        events.publish(events.Sent(run.info, life.attempt, prompt.tokens))
-        run.answer = Answer()
-        failure = await _attempt(run, prompt.content)
+        async with _turn(run):
+            deadlines = run.deadlines = run.plan(prompt)
+            life.send(anyio.current_time(), deadlines)
+            events.publish(
+                events.Sent(
+                    run.info, life.attempt, prompt.tokens, deadlines.first_token, deadlines.stall, deadlines.total,
+                    deadlines.why,
+                )
+            )  # fmt: skip
+            run.answer, run.death = Answer(), None
+            run.history.sent(prompt.messages)
+            failure = await _attempt(run, prompt.content)
+        _record(run, prompt, failure)
         if failure is None:
             try:
                 outcome = _outcome(run, prompt)
@@ -157,6 +204,7 @@ async def _until_whole(run: _Run) -> Outcome:
         step = life.fail(failure, anyio.current_time())
         if isinstance(step, GiveUp):
             _give_up(run, step.failure)
+        run.alone = run.alone or failure.alone
         if run.answer.content:
             run.show("\n[the answer broke off; trying again]\n")
         if isinstance(step, BackOff):
@@ -167,7 +215,9 @@ async def _until_whole(run: _Run) -> Outcome:
             if not await servers.wait_until_up(call.endpoint, step.until, step.pause):
                 _give_up(run, life.waited_in_vain(failure, anyio.current_time()).failure)
             servers.forget(call.endpoint, restarted=True)
-            prompt = await _prepare(run, (await servers.identify(call.endpoint, call.settings.server)).server)
+            run.history.forget_prompts()
+            await _identify(run)
+            prompt = await _prepare(run, run.server)
         elif isinstance(step, SendAgain):
             events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, 0.0))
             if failure.kind is Kind.STRICT:
@@ -175,7 +225,8 @@ async def _until_whole(run: _Run) -> Outcome:
             else:
                 _learn(call, failure, prompt)
                 servers.forget(call.endpoint)
-            prompt = await _prepare(run, (await servers.identify(call.endpoint, call.settings.server)).server)
+            await _identify(run)
+            prompt = await _prepare(run, run.server)
 
     life.whole()
     run.show("\n")
@@ -183,10 +234,79 @@ async def _until_whole(run: _Run) -> Outcome:
     events.publish(
         events.Done(
             run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(run.answer.finish_reason),
-            life.ttft, anyio.current_time() - life.started,
+            life.ttft, life.longest_gap, anyio.current_time() - life.started,
         )
     )  # fmt: skip
     return outcome
+
+
+async def _identify(run: _Run) -> Identified:
+    """Finds out what the server is, and lets it load its model where a request that gave up would abort the load."""
+    call = run.call
+    identified = await servers.identify(call.endpoint, call.settings.server)
+    if identified.server.facts.loaded is False:
+        await servers.load(identified.server, call.endpoint, run.deadlines.total)
+        identified = await servers.identify(call.endpoint, call.settings.server)
+    run.server = identified.server
+    return identified
+
+
+@contextlib.asynccontextmanager
+async def _turn(run: _Run) -> AsyncIterator[None]:
+    """Waits for a place at the server; the time counts against no deadline, not even the caller's."""
+    call, gate = run.call, gate_for(run.call.endpoint.base_url)
+    configured = call.settings.concurrency
+    gate.places = run.server.places if configured == "auto" else configured
+    ahead, since = gate.running + gate.waiting, anyio.current_time()
+    if ahead >= gate.places:
+        events.publish(events.Queued(run.info, ahead))
+    run.scope.deadline = math.inf
+    async with gate.turn(str(call.caller), alone=run.alone):
+        run.life.queued(anyio.current_time() - since)
+        run.scope.deadline = run.life.call_end
+        yield
+
+
+_CENSORED: Mapping[type[errors.LocalLLMError], str] = {errors.FirstTokenTimeout: "first_token", errors.StreamStalled: "stall", errors.TotalTimeout: "total"}
+
+
+def _record(run: _Run, prompt: _Prompt, failure: Optional[Failure]) -> None:
+    """What the attempt teaches about the server's speed; nothing where it never came to work."""
+    life, answer = run.life, run.answer
+    censored = _CENSORED.get(failure.error) if failure is not None and failure.kind is Kind.TRANSIENT else None
+    if not answer.tokens and censored is None:
+        return
+    now = anyio.current_time()
+    told = run.server.timings({"usage": answer.usage, "timings": answer.timings})
+    counted = (answer.usage or {}).get("prompt_tokens")
+    decoding = life.first_token_at is not None and life.last_token_at is not None
+    run.history.record(
+        latency.Sample(
+            prompt_tokens=counted if isinstance(counted, int) and counted > 0 else prompt.tokens,
+            cached_tokens=told.cached_tokens,
+            shared_tokens=run.shared_tokens,
+            ttft=life.ttft,
+            waited=told.load or 0.0,
+            prefill_seconds=told.prefill,
+            answer_tokens=answer.tokens,
+            decode_seconds=(life.last_token_at or 0.0) - (life.first_token_at or 0.0) if decoding else None,
+            longest_gap=life.longest_gap or None,
+            censored=censored,
+            elapsed=now - life.sent_at if censored == "total" else life.silence(now),
+            attempt=life.attempt,
+            load=run.server.facts.loaded is False,
+        ),
+        now,
+    )
+
+
+def _time_scale() -> float:
+    """How many times faster than real the time of the server passes, for simulations: what ``auto`` means is divided by it."""
+    try:
+        scale = float(os.environ.get("METAGPT_LOCALLLM_TIME_SCALE", "1"))
+    except ValueError:
+        return 1.0
+    return scale if 0 < scale < math.inf else 1.0
 
 
 def _outcome(run: _Run, prompt: _Prompt) -> Outcome:
@@ -248,7 +368,7 @@ async def _prepare(run: _Run, server: Server) -> _Prompt:
     if not servers.is_strict(call.endpoint):
         body.update(server.extras())
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
-    return _Prompt(content, tokens, estimate)
+    return _Prompt(content, body["messages"], tokens, body["max_tokens"], estimate)
 
 
 async def _count(run: _Run, server: Server, body: Mapping[str, Any]) -> Optional[int]:
@@ -324,6 +444,7 @@ async def _attempt(run: _Run, content: bytes) -> Optional[Failure]:
     endpoint, answer, life = run.call.endpoint, run.answer, run.life
     timeout = httpx.Timeout(None, connect=run.deadlines.connect)
     with anyio.CancelScope(deadline=life.deadline) as scope:
+        watcher = asyncio.ensure_future(_watch(run, scope))
         try:
             async with client_for(endpoint).stream(
                 "POST", endpoint.chat_url, content=content, headers=endpoint.headers, timeout=timeout
@@ -339,10 +460,27 @@ async def _attempt(run: _Run, content: bytes) -> Optional[Failure]:
                     failure = await _take_stream(run, response, bare, scope)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             failure = failures.from_exception(error, endpoint.address, answer.tokens > 0)
+        finally:
+            watcher.cancel()
     if scope.cancelled_caught:
-        failure = life.expire(anyio.current_time())
+        failure = run.death or life.expire(anyio.current_time())
     # What comes after the finish_reason (usage, [DONE]) is welcome, but the answer does not hang on it.
     return _end(answer, "the answer ended") if answer.finish_reason is not None else failure
+
+
+async def _watch(run: _Run, scope: anyio.CancelScope) -> None:
+    """Looks after a silent server beside the attempt: what proves work extends the deadline, what proves death ends it."""
+    life = run.life
+
+    def proof() -> None:
+        life.work(anyio.current_time())
+        scope.deadline = life.deadline
+
+    interval = INTERVAL / run.time_scale
+    run.death = await watch(
+        run.server, run.call.endpoint, interval, lambda: life.silence(anyio.current_time()), proof
+    )
+    scope.cancel()
 
 
 def _request(endpoint: Endpoint) -> httpx.Request:
@@ -377,7 +515,11 @@ async def _take_stream(
             failure = _take_event(run, data, bare, now)
             if failure is not None:
                 return failure
-        life.comments = decoder.comments
+        if decoder.comments != life.comments:
+            life.comments = decoder.comments
+            processed = run.server.progress_of_comment(decoder.comment)
+            if processed is not None:
+                life.progress(processed, now)
         scope.deadline = life.deadline
     for data in decoder.close():
         if data != b"[DONE]":
@@ -403,8 +545,10 @@ def _take_event(run: _Run, data: bytes, bare: httpx.Response, now: float) -> Opt
         life.token(now)
         if text:
             run.show(text)
-    elif answer.progress is not None and life.phase is not Phase.DECODING:
-        life.progress(answer.progress[0], now)
+    elif life.phase is not Phase.DECODING:
+        processed = run.server.progress(chunk)
+        if processed is not None:
+            life.progress(processed, now)
     if answer.finish_reason is not None:
         life.finish(now)
     return None

@@ -8,6 +8,9 @@
     ├─ TotalTimeout               (openai.APITimeoutError)     one attempt over ``total``, or the caller's timeout
     ├─ ServerUnavailable          (openai.APIConnectionError)  refused, unreachable or loading for too long
     ├─ ConnectionLost             (openai.APIConnectionError)  the connection broke before any answer
+    ├─ ServerGone                 (openai.APIConnectionError)  it stopped listening while we waited
+    ├─ ServerUnresponsive         (openai.APIConnectionError)  it takes connections and answers nothing, not even how it is
+    ├─ RequestLost                (openai.APIConnectionError)  it works on nothing while we wait
     ├─ IncompleteStream           (openai.APIConnectionError)  the stream ended without a finish_reason
     ├─ ServerFailed               (openai.InternalServerError) 408, 409, 425, 429, 5xx, or an error inside the stream
     ├─ ContextOverflow            (openai.BadRequestError)     the prompt cannot be made to fit the context window
@@ -34,9 +37,12 @@ __all__ = [
     "IncompleteStream",
     "LocalLLMError",
     "ModelNotFound",
+    "RequestLost",
     "RequestRejected",
     "ServerFailed",
+    "ServerGone",
     "ServerUnavailable",
+    "ServerUnresponsive",
     "StreamStalled",
     "TotalTimeout",
 ]
@@ -108,6 +114,18 @@ class ServerUnavailable(LocalLLMError, openai.APIConnectionError):
 
 class ConnectionLost(LocalLLMError, openai.APIConnectionError):
     """The connection was reset or closed before any part of an answer came."""
+
+
+class ServerGone(LocalLLMError, openai.APIConnectionError):
+    """The server stopped listening while it owed us an answer: it was closed or has crashed."""
+
+
+class ServerUnresponsive(LocalLLMError, openai.APIConnectionError):
+    """The server takes connections, but answers nothing any more: it is stopped, swaps, or the network drops packets."""
+
+
+class RequestLost(LocalLLMError, openai.APIConnectionError):
+    """The server says that it works on nothing, while we wait for it."""
 
 
 class IncompleteStream(LocalLLMError, openai.APIConnectionError):

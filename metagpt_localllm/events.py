@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Callable, Optional, Union
+from typing import Callable, Mapping, Optional, Union
 
 from metagpt_localllm.tiers import Caller
 
-__all__ = ["CallInfo", "Done", "Event", "Failed", "Retry", "Sent", "Trimmed", "Waiting", "publish", "subscribe"]
+__all__ = ["CallInfo", "Done", "Event", "Failed", "Queued", "Retry", "Sent", "Trimmed", "Waiting", "publish", "subscribe"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,31 @@ class CallInfo:
 
 
 @dataclass(frozen=True)
+class Queued:
+    """The call waits for its turn on our side; ``ahead``: how many run or wait before it."""
+
+    call: CallInfo
+    ahead: int
+
+
+@dataclass(frozen=True)
 class Sent:
-    """A request went out. ``attempt`` counts from 1; ``prompt_tokens`` may be an estimate."""
+    """A request went out.
+
+    Attributes:
+        attempt: counts from 1.
+        prompt_tokens: may be an estimate.
+        first_token, stall, total: its deadlines in seconds.
+        why: how those that were learned came about, by name.
+    """
 
     call: CallInfo
     attempt: int
     prompt_tokens: int
+    first_token: float
+    stall: float
+    total: float
+    why: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,7 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer is whole. Times in seconds; ``ttft`` is the time to first token of the last attempt."""
+    """The answer is whole. Times in seconds; ``ttft`` (time to first token) and ``longest_gap`` are of the last attempt."""
 
     call: CallInfo
     attempts: int
@@ -90,6 +109,7 @@ class Done:
     completion_tokens: int
     finish_reason: str
     ttft: Optional[float]
+    longest_gap: float
     elapsed: float
 
 
@@ -104,7 +124,7 @@ class Failed:
     elapsed: float
 
 
-Event = Union[Sent, Retry, Waiting, Trimmed, Done, Failed]
+Event = Union[Queued, Sent, Retry, Waiting, Trimmed, Done, Failed]
 
 _subscribers: list[Callable[[Event], None]] = []
 _log = logging.getLogger(__name__)

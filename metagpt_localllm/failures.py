@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Mapping, Optional
 
@@ -48,6 +48,7 @@ class Failure:
         prompt_tokens: size of the prompt in tokens, where the server named it.
         response: what the server answered.
         cause: the exception underneath.
+        alone: the request is to be sent again with no other beside it.
     """
 
     kind: Kind
@@ -60,6 +61,7 @@ class Failure:
     prompt_tokens: Optional[int] = None
     response: Optional[httpx.Response] = None
     cause: Optional[BaseException] = None
+    alone: bool = False
 
 
 _OVERFLOW = re.compile(
@@ -134,7 +136,7 @@ def from_response(response: httpx.Response, text: str) -> Failure:
         remedy = "Look at the server's own log." if status >= 500 else ""
         return Failure(
             Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.local.retry.attempts",
-            retry_after=_retry_after(response.headers), response=response,
+            retry_after=_retry_after(response.headers), response=response, alone=shared_kv_full,
         )  # fmt: skip
     if status in (401, 403):
         return Failure(
@@ -167,10 +169,7 @@ def from_error_body(payload: Any, request: httpx.Request) -> Failure:
         status = 404 if _NO_MODEL.search(text) else 500
     failure = from_response(httpx.Response(status, request=request), text)
     said = _said(text)
-    return Failure(
-        failure.kind, failure.error, f"the server reported an error inside the stream: {said}", failure.remedy,
-        failure.setting, failure.retry_after, failure.window, failure.prompt_tokens, failure.response,
-    )  # fmt: skip
+    return replace(failure, what=f"the server reported an error inside the stream: {said}")
 
 
 def from_exception(error: BaseException, base_url: str, answer_began: bool) -> Failure:

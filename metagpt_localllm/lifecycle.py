@@ -76,7 +76,7 @@ class CallLife:
     """One call from its first request to its answer or its error.
 
     Args:
-        deadlines: of one attempt.
+        deadlines: of one attempt; ``send`` may bring others.
         attempts: requests at the most; those to a server that is not up are not counted.
         wait_for_server: seconds that the call may spend on a server that is not up or loading, in all.
         backoff: gives the pause in seconds after the n-th attempt.
@@ -112,6 +112,8 @@ class CallLife:
         self._waits = 0
         self._call_timeout = call_timeout
         self.call_end = now + call_timeout if call_timeout else float("inf")
+        self.last_token_at: Optional[float] = None
+        self.longest_gap = 0.0
         self._alive_at = now
         self._waiting_since: Optional[float] = None
         self._processed = -1
@@ -132,15 +134,26 @@ class CallLife:
         """Seconds from the request to the first token of this attempt."""
         return None if self.first_token_at is None else self.first_token_at - self.sent_at
 
-    def send(self, now: float) -> None:
+    def silence(self, now: float) -> float:
+        """Seconds since the last sign of life."""
+        return now - self._alive_at
+
+    def queued(self, seconds: float) -> None:
+        """The call has waited for its turn on our side: that counts against no deadline."""
+        self.call_end += seconds
+        self.started += seconds
+
+    def send(self, now: float, deadlines: Optional[Deadlines] = None) -> None:
         """A request goes out."""
+        self._deadlines = deadlines or self._deadlines
         if self._waiting_since is not None:
             self._patience -= now - self._waiting_since
             self._waiting_since = None
         self.phase = Phase.SENT
         self.attempt += 1
         self.sent_at = self._alive_at = now
-        self.first_token_at = None
+        self.first_token_at = self.last_token_at = None
+        self.longest_gap = 0.0
         self.tokens = self.comments = 0
         self._processed = -1
 
@@ -155,12 +168,19 @@ class CallLife:
             self._alive_at = now
             self.phase = Phase.PREFILL
 
+    def work(self, now: float) -> None:
+        """The server has proven that it works on something: short of ``total`` it is not cut off."""
+        if self.phase in (Phase.SENT, Phase.PREFILL, Phase.DECODING):
+            self._alive_at = now
+
     def token(self, now: float) -> None:
         if self.phase is not Phase.DECODING:
             self.phase = Phase.DECODING
             self.first_token_at = now
             self._waits = 0
-        self._alive_at = now
+        elif self.last_token_at is not None and now - self.last_token_at > self.longest_gap:
+            self.longest_gap = now - self.last_token_at
+        self._alive_at = self.last_token_at = now
         self.tokens += 1
 
     def finish(self, now: float) -> None:
@@ -180,23 +200,27 @@ class CallLife:
             what = f"the call took longer than the {self._call_timeout:g} s that its caller allowed (timeout=…)"
             return Failure(Kind.FATAL, errors.TotalTimeout, what, "The caller's own timeout ends it.")
         if now >= self.sent_at + self._deadlines.total:
-            what = f"no whole answer within {elapsed:.1f} s (total)"
+            what = f"no whole answer within {elapsed:.1f} s (total{self._because('total')})"
             return Failure(
                 Kind.TRANSIENT, errors.TotalTimeout, what, "Raise it if the model is merely slow.", settings["total"]
             )
         if self.phase is Phase.DECODING:
             silence = now - self._alive_at
-            what = f"the stream went silent for {silence:.1f} s (stall), {elapsed:.1f} s after the request"
+            what = f"the stream went silent for {silence:.1f} s (stall{self._because('stall')}), {elapsed:.1f} s after the request"
             return Failure(
                 Kind.TRANSIENT, errors.StreamStalled, what, "Raise it if the machine swaps.", settings["stall"]
             )
-        what = f"no token within {now - self._alive_at:.1f} s (first_token)"
+        what = f"no token within {now - self._alive_at:.1f} s (first_token{self._because('first_token')})"
         if self.phase is Phase.PREFILL:
             what += f" of the last progress at prompt token {self._processed:,}"
         if self.comments:
             what += f"; only {self.comments} keep-alive comments came, which show a connection but no work"
         remedy = "Raise it if the model is merely slow: queue, load and prefill count."
         return Failure(Kind.TRANSIENT, errors.FirstTokenTimeout, what, remedy, settings["first_token"])
+
+    def _because(self, name: str) -> str:
+        why = self._deadlines.why.get(name)
+        return f"; {why}" if why else ""
 
     def fail(self, failure: Failure, now: float) -> Step:
         """What follows a failed attempt."""

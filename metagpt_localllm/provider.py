@@ -231,7 +231,12 @@ def _warn_of_guess(call: calls.Call) -> None:
 
 def _log(event: events.Event) -> None:
     who = f"call {event.call.number} ({event.call.caller})"
-    if isinstance(event, events.Retry):
+    if isinstance(event, events.Sent):
+        for why in event.why.values():
+            logger.debug(f"{who}: {why}")
+    elif isinstance(event, events.Queued):
+        logger.info(f"{who}: waits for its turn behind {event.ahead} at this server.")
+    elif isinstance(event, events.Retry):
         logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
     elif isinstance(event, events.Waiting):
         logger.warning(f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most.")

@@ -79,6 +79,10 @@ def _positive_duration(value: object) -> float:
     return seconds
 
 
+def _auto_or_duration(value: object) -> object:
+    return value if value == "auto" else _positive_duration(value)
+
+
 def _whole_number(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{value!r} is not a whole number")
@@ -91,6 +95,8 @@ def _names(value: object) -> object:
 
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Deadline = Annotated[float, BeforeValidator(_positive_duration)]
+#: Learned from how fast the server has been, or as the user says.
+LearnedDeadline = Annotated[Union[Literal["auto"], float], BeforeValidator(_auto_or_duration)]
 Count = Annotated[int, BeforeValidator(_whole_number)]
 Globs = Annotated[List[StrictStr], BeforeValidator(_names), Field(min_length=1)]
 
@@ -162,9 +168,9 @@ class Timeouts(_Section):
     """Deadlines of one attempt, in seconds, for every tier that does not say otherwise."""
 
     connect: Deadline = Field(5.0, description="until the TCP (and TLS) connection stands")
-    first_token: Deadline = Field(600.0, description="until the first token: queue, model load and prefill together")
-    stall: Deadline = Field(60.0, description="silence between two tokens")
-    total: Deadline = Field(7200.0, description="one attempt from the request to the end of the answer")
+    first_token: LearnedDeadline = Field("auto", description="until the first token: queue, load and prefill together")
+    stall: LearnedDeadline = Field("auto", description="silence between two tokens")
+    total: LearnedDeadline = Field("auto", description="one attempt from the request to the end of the answer")
 
 
 class Match(_Section):
@@ -191,9 +197,9 @@ class Tier(_Section):
     name: StrictStr = Field(min_length=1)
     match: Match = Match()
     connect: Optional[Deadline] = None
-    first_token: Optional[Deadline] = None
-    stall: Optional[Deadline] = None
-    total: Optional[Deadline] = None
+    first_token: Optional[LearnedDeadline] = None
+    stall: Optional[LearnedDeadline] = None
+    total: Optional[LearnedDeadline] = None
 
 
 class Backoff(_Section):
@@ -252,6 +258,14 @@ class LocalSettings(_Section):
     retry: RetrySettings = RetrySettings()
     context: ContextSettings = ContextSettings()
     server: StrictStr = Field("auto", description="what the server is; auto asks it")
+    concurrency: Union[Literal["auto"], Count] = Field("auto", description="requests that we let it have at once")
+
+    @field_validator("concurrency", mode="before")
+    @classmethod
+    def _places(cls, value: object) -> object:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{value!r} is neither 'auto' nor a number of requests of at least 1")
+        return value
 
     @field_validator("server")
     @classmethod
@@ -286,10 +300,12 @@ def _check_order(where: Union[int, str], block: Union[Tier, Timeouts], defaults:
     """Refuses a deadline that the block sets over its total; an inherited one gives way to a shorter total instead."""
     location: Tuple[Union[int, str], ...] = (where,) if isinstance(where, str) else ("tiers", where)
     total = block.total if block.total is not None else defaults.total
-    origin = "" if "total" in block.model_fields_set else " by default" if block is defaults else " (from timeouts)"
+    if total == "auto":  # it follows the others
+        return
+    origin = "" if "total" in block.model_fields_set else " (from timeouts)"
     for name in ("connect", "first_token", "stall"):
-        value: Optional[float] = getattr(block, name)
-        if name in block.model_fields_set and value is not None and value > total:
+        value: Union[None, str, float] = getattr(block, name)
+        if name in block.model_fields_set and isinstance(value, float) and value > total:
             message = f"{name} is {value:g} s, over total, which is {total:g} s{origin}: raise total, too, or lower {name}"
             raise _complain("LocalSettings", (*location, name), message, value)
 

@@ -23,10 +23,12 @@ class SSEDecoder:
 
     Attributes:
         comments: how many comment lines have come.
+        comment: the latest of them, without its colon.
     """
 
     def __init__(self) -> None:
         self.comments = 0
+        self.comment = b""
         self._rest = b""
         self._data: list[bytes] = []
 
@@ -63,4 +65,5 @@ class SSEDecoder:
             self._data.append(line[6:] if line[5:6] == b" " else line[5:])
         elif line.startswith(b":"):
             self.comments += 1
+            self.comment = line[1:]
         return None

@@ -17,6 +17,7 @@ os.environ.update(HOME=str(_home), METAGPT_PROJECT_ROOT=str(_home))
 
 import pytest  # noqa: E402
 
+from metagpt_localllm import history  # noqa: E402
 from metagpt_localllm.call import Call  # noqa: E402
 from metagpt_localllm.servers import detection  # noqa: E402
 from metagpt_localllm.settings import LocalSettings  # noqa: E402
@@ -39,6 +40,9 @@ def _no_memory_of_servers():
     detection._servers.clear()
     detection._learned.clear()
     detection._strict.clear()
+    history._histories.clear()
+    history._states.clear()
+    history.default_path().unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from metagpt_localllm.servers.detection import (
     kind_named,
     known,
     learned,
+    load,
     mark_strict,
     wait_until_up,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "kind_named",
     "known",
     "learned",
+    "load",
     "mark_strict",
     "wait_until_up",
 ]

@@ -144,6 +144,11 @@ class Server:
     def __init__(self, facts: Optional[Facts] = None) -> None:
         self.facts = facts or Facts()
 
+    @property
+    def places(self) -> int:
+        """Requests that it is let have at once: as many as it works on at once, and one where it does not say."""
+        return self.facts.slots or 1
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.facts})"
 

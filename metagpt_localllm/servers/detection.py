@@ -23,7 +23,7 @@ from metagpt_localllm.transport import Endpoint, client_for
 
 __all__ = [
     "KINDS", "UNKNOWN", "Identified", "Learned", "count_tokens", "forget", "identify", "is_strict", "kind_named", "known",
-    "learned", "mark_strict", "wait_until_up",
+    "learned", "load", "mark_strict", "wait_until_up",
 ]  # fmt: skip
 
 #: The kinds of servers, in the order in which they are tried where the list of models gives none of them away.
@@ -160,6 +160,15 @@ async def _detect(ask: Ask) -> Server:
         if server is not None:
             return server
     return Server() if models is not None else _Unlisted()
+
+
+async def load(server: Server, endpoint: Endpoint, limit: float) -> None:
+    """Lets the server load its model before anything is asked of it, for at most ``limit`` seconds. Never raises."""
+    with anyio.move_on_after(limit):
+        try:
+            await server.load(Ask(endpoint), endpoint.model)
+        except Exception as error:  # the call itself will tell
+            _log.debug("%s did not load %s: %s", endpoint.address, endpoint.model, type(error).__name__)
 
 
 async def count_tokens(server: Server, endpoint: Endpoint, body: Mapping[str, Any]) -> Optional[int]:

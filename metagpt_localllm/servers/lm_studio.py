@@ -27,6 +27,11 @@ class LMStudio(Server):
         return None
 
     @property
+    def places(self) -> int:
+        # It takes four at once by default, and lets them evict each other's cache and exceed the context together.
+        return 1
+
+    @property
     def settled(self) -> bool:
         # A model that is loaded on demand has no window yet.
         return self.facts.window is not None

@@ -28,5 +28,9 @@ class VLLM(Server):
         same = [entry for entry in served if entry.get("id") == model] or served
         return cls(Facts(window=positive(same[0].get("max_model_len")), loaded=True))
 
+    @property
+    def places(self) -> int:
+        return 256  # its default of --max-num-seqs: it batches what it gets
+
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         return positive((await ask.json("/tokenize", prompt) or {}).get("count"))

@@ -1,0 +1,84 @@
+"""How fast each server and model has been: one estimator each, filled from the state file and from every attempt."""
+
+from __future__ import annotations
+
+from collections import deque
+from os.path import commonprefix
+from typing import Any, Deque, Mapping, Optional, Sequence
+
+from metagpt_localllm.latency import Estimator, Sample
+from metagpt_localllm.state import State, default_path
+from metagpt_localllm.tokens import estimate_message, estimate_text
+from metagpt_localllm.transport import Endpoint
+
+__all__ = ["History", "history_of"]
+
+#: Prompts that are remembered for what a new one shares with them: about as many as a server's cache holds.
+_REMEMBERED = 8
+#: Seconds without a call after which a server may have unloaded its model (Ollama's keep_alive).
+_UNLOADED_AFTER = 300.0
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class History:
+    """What is known of one model on one server."""
+
+    def __init__(self, endpoint: Endpoint, state: State) -> None:
+        self._names = endpoint.address, endpoint.model
+        self._state = state
+        rows = state.samples(*self._names)
+        self.estimator = Estimator(Sample.from_row(row) for row in rows)
+        self._prompts: Deque[Messages] = deque(maxlen=_REMEMBERED)
+        self._used_at: Optional[float] = None
+
+    def shared_tokens(self, messages: Messages) -> int:
+        """Tokens at the beginning of a prompt that an earlier one had, too, so that the server may hold them (estimated)."""
+        return max((_shared(earlier, messages) for earlier in self._prompts), default=0)
+
+    def may_load(self, now: float) -> bool:
+        """Whether the model may have to be loaded: nothing was asked of it for some minutes."""
+        return self._used_at is None or now - self._used_at > _UNLOADED_AFTER
+
+    def sent(self, messages: Messages) -> None:
+        """A prompt goes out."""
+        self._prompts.append(messages)
+
+    def record(self, sample: Sample, now: float) -> None:
+        """Learns from an attempt, for now and for later runs."""
+        if sample.ttft is not None:
+            self._used_at = now
+        self.estimator.observe(sample)
+        self._state.add_sample(*self._names, sample.as_row())
+
+    def forget_prompts(self) -> None:
+        """The server was restarted: its cache is empty, and its model is to be loaded."""
+        self._prompts.clear()
+        self._used_at = None
+
+
+def _shared(earlier: Messages, messages: Messages) -> int:
+    tokens = 0
+    for one, other in zip(earlier, messages):
+        if one == other:
+            tokens += estimate_message(one)
+            continue
+        left, right = one.get("content"), other.get("content")
+        if isinstance(left, str) and isinstance(right, str) and one.get("role") == other.get("role"):
+            tokens += estimate_text(commonprefix([left, right]))
+        break
+    return tokens
+
+
+_states: dict[str, State] = {}
+_histories: dict[tuple[str, str], History] = {}
+
+
+def history_of(endpoint: Endpoint) -> History:
+    """The history of an endpoint, read from the state file when it is first asked for."""
+    key = endpoint.base_url, endpoint.model
+    if key not in _histories:
+        path = default_path()
+        state = _states.setdefault(str(path), State(path))
+        _histories[key] = History(endpoint, state)
+    return _histories[key]

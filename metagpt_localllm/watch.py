@@ -1,0 +1,141 @@
+"""Looks at a server that has gone silent: is it at work, or is it gone? The verdict is pure, the looking is not.
+
+Nothing is asked of a server that shows life by itself, and of one that must not be asked (llama-cpp-python
+cuts its stream for any other request) or is unknown only whether its port is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from typing import Callable, Hashable, Optional, Union
+
+import anyio
+import httpx
+
+from metagpt_localllm import errors
+from metagpt_localllm.failures import Failure, Kind
+from metagpt_localllm.servers.base import Ask, Server, Work
+from metagpt_localllm.transport import Endpoint, client_for
+
+__all__ = ["INTERVAL", "Evidence", "Seen", "watch"]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds between two looks. llama.cpp notices a client that left later when it is asked more often than every 1.5 s
+#: (measured, b11549).
+INTERVAL = 2.0
+#: Seconds before a refused connection is tried once more.
+_AGAIN = 0.2
+#: Looks in a row that must agree before a server is held for gone.
+_IDLE_LOOKS, _MUTE_LOOKS = 2, 3
+
+
+class Seen(enum.Enum):
+    """What one look showed, where it was not a report of work."""
+
+    REFUSED = "refused"  # nothing listens any more
+    MUTE = "mute"  # it takes connections and does not answer them
+    LOADING = "loading"  # it says that it loads its model
+    UP = "up"  # it answers, and does not say what it is doing
+
+
+class Evidence:
+    """Weighs one look after the other. Pure.
+
+    Attributes:
+        alive: whether the last look proved that work goes on.
+    """
+
+    def __init__(self) -> None:
+        self.alive = False
+        self._marker: Optional[Hashable] = None
+        self._counts = {Seen.REFUSED: 0, Seen.MUTE: 0}
+        self._idle = 0
+
+    def weigh(self, seen: Union[Seen, Work], silence: float) -> Optional[Failure]:
+        """The proof that the request is lost, or None. ``silence``: seconds since the last sign of life."""
+        busy = isinstance(seen, Work) and seen.busy
+        self.alive = seen is Seen.LOADING
+        if isinstance(seen, Work) and busy:
+            self.alive = seen.marker != self._marker and self._marker is not None
+            self._marker = seen.marker
+        for kind in self._counts:
+            self._counts[kind] = self._counts[kind] + 1 if seen is kind else 0
+        self._idle = self._idle + 1 if isinstance(seen, Work) and not busy else 0
+        if self._counts[Seen.REFUSED] >= 2:
+            return _dead(errors.ServerGone, f"the server has stopped listening while we waited ({silence:.1f} s of silence)")
+        if self._counts[Seen.MUTE] >= _MUTE_LOOKS:
+            what = f"the server takes connections and answers nothing any more ({silence:.1f} s of silence)"
+            return _dead(errors.ServerUnresponsive, what)
+        if self._idle >= _IDLE_LOOKS:
+            what = f"the server works on nothing while we wait for it ({silence:.1f} s of silence): the request is lost"
+            return _dead(errors.RequestLost, what)
+        return None
+
+
+def _dead(error: type[errors.LocalLLMError], what: str) -> Failure:
+    remedy = "Look at the server's own log: it may have crashed, been stopped, or swap."
+    return Failure(Kind.TRANSIENT, error, what, remedy, "llm.local.retry.attempts")
+
+
+async def watch(
+    server: Server, endpoint: Endpoint, interval: float, silence: Callable[[], float], proof: Callable[[], None]
+) -> Failure:
+    """Looks at the server whenever it has been silent for ``interval`` seconds, until it is proven to be gone.
+
+    Args:
+        silence: gives the seconds since the last sign of life.
+        proof: called when a look proves that the server works.
+    """
+    evidence = Evidence()
+    while True:
+        left = interval - silence()
+        if left > 0:
+            await anyio.sleep(left)
+            continue
+        seen = await _look(server, endpoint, max(2.5 * interval, 0.5))
+        failure = evidence.weigh(seen, silence())
+        if failure is not None:
+            return failure
+        if evidence.alive:
+            proof()
+        await anyio.sleep(_AGAIN if seen is Seen.REFUSED else interval)
+
+
+async def _look(server: Server, endpoint: Endpoint, limit: float) -> Union[Seen, Work]:
+    if not await _listens(endpoint, limit):
+        return Seen.REFUSED
+    if not server.watchable:
+        return Seen.UP
+    with anyio.move_on_after(limit):
+        try:
+            work = await server.work(Ask(endpoint))
+            if work is not None:
+                return work
+        except Exception as error:  # it may be busy with a batch, or load: its health tells
+            _log.debug("%s does not say what it is doing: %s", endpoint.address, type(error).__name__)
+    with anyio.move_on_after(limit):
+        try:
+            response = await client_for(endpoint).get(f"{endpoint.root}/health", headers=endpoint.headers)
+            return Seen.LOADING if response.status_code == 503 else Seen.UP
+        except httpx.HTTPError:
+            pass
+    return Seen.MUTE
+
+
+async def _listens(endpoint: Endpoint, limit: float) -> bool:
+    """Whether the port takes a connection; a look that says nothing (a proxy, a full backlog) counts as yes."""
+    address = httpx.URL(endpoint.base_url)
+    if endpoint.proxy is not None or not address.host:
+        return True
+    with anyio.move_on_after(limit):
+        try:
+            _, writer = await asyncio.open_connection(address.host, address.port or (443 if address.scheme == "https" else 80))
+            writer.close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            pass
+    return True
