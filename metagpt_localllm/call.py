@@ -50,6 +50,9 @@ DEFAULT_WINDOW = 4096
 #: Bytes of an error's body that are read.
 _MAX_ERROR_BYTES = 1 << 20
 
+#: Seconds that a deadline has at the least in scaled time: this machine's own hiccups are not scaled.
+_LEAST_SCALED = 0.5
+
 _numbers = itertools.count(1)
 _log = logging.getLogger(__name__)
 
@@ -147,10 +150,9 @@ class _Run:
         learned = {}
         for name, limits in latency.DEFAULTS.items():
             if self.time_scale != 1.0:
-                limits = latency.Limits(
-                    limits.floor / self.time_scale, limits.ceiling / self.time_scale, limits.cold / self.time_scale,
-                    limits.margin,
-                )  # fmt: skip
+                scale = self.time_scale
+                floor = max(limits.floor / scale, _LEAST_SCALED)
+                limits = latency.Limits(floor, limits.ceiling / scale, limits.cold / scale, limits.margin)
             learned[name] = latency.deadline(name, estimates[name], limits, backoff=estimator.backoff(name))
         call = self.call
         return plan_deadlines(call.settings.timeouts, self.tier, call.attempt_cap, learned)

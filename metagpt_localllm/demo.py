@@ -122,11 +122,8 @@ def _write_config(path: Path, provider: str, simulator: Simulator, scale: float)
     if provider == "openai":
         llm["timeout"] = max(round(600 / scale), 1)
     else:
-        # The defaults, but for a little more room at 'stall': a busy machine may pause for a second.
-        llm["local"] = {
-            "timeouts": {"first_token": 600 / scale, "stall": 200 / scale, "total": 7200 / scale},
-            "retry": {"backoff": {"initial": 1 / scale, "max": 60 / scale}},
-        }
+        # No timeouts: they are learned.
+        llm["local"] = {"retry": {"backoff": {"initial": 1 / scale, "max": 60 / scale}}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({"llm": llm}), encoding="utf-8")
 
@@ -140,6 +137,7 @@ def _run_metagpt(
                    "METAGPT_PROJECT_ROOT": str(folder), "PYTHONUNBUFFERED": "1",
                    "PYTHONUSERBASE": site.getuserbase()}  # fmt: skip
     environment.pop("METAGPT_LOCALLLM_DISABLE", None)
+    environment["METAGPT_LOCALLLM_TIME_SCALE"] = f"{simulator.scale:g}"
     if options.provider == "openai":
         environment["METAGPT_LOCALLLM_DISABLE"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "metagpt_localllm._demo_child", options.idea, str(company.rounds),
@@ -209,6 +207,8 @@ def _table(
     stats = simulator.stats
     kinds = [event["event"] for event in events]
     retries = [event for event in events if event["event"] == "Retry"]
+    sent = [event for event in events if event["event"] == "Sent"]
+    done = [event for event in events if event["event"] == "Done"]
     timeouts = ("FirstTokenTimeout", "StreamStalled", "TotalTimeout")
     trimmed = [event for event in events if event["event"] == "Trimmed"]
     table = Table(title=f"What happened with {provider}", show_header=False)
@@ -229,6 +229,9 @@ def _table(
             ("waits for the server (no attempt spent)", f"{kinds.count('Waiting')}"),
             ("retries", f"{len(retries)}"),
             ("  after a timeout, which ends a stock run or repeats it", f"{sum(r['cause'] in timeouts for r in retries)}"),
+            ("first token: longest wait; deadlines given", _against("ttft", "first_token", done, sent, scale)),
+            ("silence between tokens: longest; deadlines", _against("longest_gap", "stall", done, sent, scale)),
+            ("whole answer: longest; deadlines given", _against("elapsed", "total", done, sent, scale)),
             ("prompts trimmed to the context window", f"{len(trimmed)}"),
             ("tokens trimmed", f"{sum(event['removed_tokens'] for event in trimmed):,}"),
         ]
@@ -244,6 +247,15 @@ def _table(
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _against(
+    needed: str, deadline: str, done: list[dict[str, Any]], sent: list[dict[str, Any]], scale: float
+) -> str:
+    """What was needed at the most, and the first and the last deadline that was given, in seconds of the real machine."""
+    most = max((event[needed] or 0.0 for event in done), default=0.0) * scale
+    given = [event[deadline] * scale for event in sent]
+    return f"{most:,.0f} s; {given[0]:,.0f} … {given[-1]:,.0f} s" if given else "-"
 
 
 def _last_words(log_file: Path) -> list[str]:

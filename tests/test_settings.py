@@ -11,7 +11,8 @@ from metagpt_localllm.settings import LocalSettings, parse_duration
 
 def test_everything_is_optional():
     settings = LocalSettings()
-    assert settings.timeouts.first_token == 600
+    assert settings.timeouts.first_token == settings.timeouts.total == "auto"
+    assert plan_deadlines(settings.timeouts, None, None).first_token == 600
     assert settings.retry.attempts == 4
     assert settings.context.window == "auto"
 
@@ -45,7 +46,8 @@ def test_a_number_of_seconds_stays_what_it_is(seconds):
         ({"timeouts": {"stall": -1}}, ("timeouts", "stall"), "negative"),
         ({"timeouts": {"first_token": "2h", "total": "1h"}}, ("timeouts", "first_token"), "over total"),
         ({"timeouts": {"first_token": "10m", "total": "5m"}}, ("timeouts", "first_token"), "over total"),
-        ({"timeouts": {"first_token": "3h"}}, ("timeouts", "first_token"), "by default"),
+        ({"concurrency": 0}, ("concurrency",), "at least 1"),
+        ({"server": "olama"}, ("server",), "'ollama'"),
         ({"timeouts": {"total": "1h"}, "tiers": [{"name": "a", "first_token": "2h"}]}, ("tiers", 0, "first_token"),
          "from timeouts"),
         ({"timeouts": {"stall": 10**400}}, ("timeouts", "stall"), "finite"),

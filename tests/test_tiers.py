@@ -64,3 +64,9 @@ def test_llm_timeout_lowers_total_and_never_raises_it(cap, total, setting):
     deadlines = plan_deadlines(Timeouts(), None, cap)
     assert (deadlines.total, deadlines.settings["total"]) == (total, setting)
     assert deadlines.first_token <= deadlines.total
+
+
+def test_a_learned_total_makes_room_for_what_the_user_allows():
+    deadlines = plan_deadlines(Timeouts.model_validate({"first_token": "30h"}), None, None)
+    assert deadlines.first_token == deadlines.total == 30 * 3600
+    assert "total" in deadlines.why and "first_token" not in deadlines.why
