@@ -561,7 +561,7 @@ def _take_whole(run: _Run, text: str, bare: httpx.Response) -> Optional[Failure]
     now, head = anyio.current_time(), text.lstrip()[:5]
     if head.startswith("<"):
         return Failure(
-            Kind.FATAL, errors.ModelNotFound, f"{bare.request.url} answers with a web page",
+            Kind.FATAL, errors.WrongAddress, f"{bare.request.url} answers with a web page",
             "base_url must be the address of the OpenAI API; it usually ends in /v1.", "llm.base_url",
         )  # fmt: skip
     if head in ("data:", "event"):  # a stream under a wrong name

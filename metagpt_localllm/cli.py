@@ -6,6 +6,7 @@ version pinned by MetaGPT breaks on new releases of click, and hence the imports
 
 from __future__ import annotations
 
+import difflib
 import os
 import subprocess
 import sys
@@ -133,6 +134,9 @@ def simulate(**options: Any) -> None:
         serve(**options)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise click.ClickException(f"port {options['port']}: {reason}. Choose another with --port (0 takes a free one).") from None
 
 
 # ------------------------------------------------------------------------------------------------ check
@@ -141,10 +145,11 @@ def simulate(**options: Any) -> None:
 @main.command()
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path), default=None,
               help="The file to check. [default: ~/.metagpt/config2.yaml]")  # fmt: skip
-def check(config: Optional[Path]) -> None:
-    """Check config2.yaml and the installation, without starting MetaGPT."""
+@click.option("--offline", is_flag=True, help="Do not ask the servers.")
+def check(config: Optional[Path], offline: bool) -> None:
+    """Check config2.yaml, the installation and the server, without starting MetaGPT."""
     path = config or Path.home() / ".metagpt" / "config2.yaml"
-    findings = [*_check_config(path), *_check_metagpt(), *_check_hook()]
+    findings = [*_check_config(path, offline), *_check_metagpt(), *_check_hook()]
     for finding in findings:
         mark = click.style("ok   ", fg="green") if finding.fine else click.style("wrong", fg="red")
         first, *rest = finding.text.splitlines()
@@ -159,28 +164,75 @@ class _Finding:
     text: str
 
 
-def _check_config(path: Path) -> list[_Finding]:
+def _check_config(path: Path, offline: bool) -> list[_Finding]:
     import yaml
     from pydantic import ValidationError
 
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return [_Finding(False, f"{path} does not exist")]
+        return [_Finding(False, f"{path} does not exist: create it; the README has the four lines that it needs")]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return [_Finding(False, f"{path} cannot be read: {error}")]
+        hint = "\nYAML takes no tabs: indent with blanks" if "\\t" in str(error) else ""
+        return [_Finding(False, f"{path} cannot be read: {error}{hint}")]
     if not isinstance(loaded, dict) or not isinstance(loaded.get("llm"), dict):
         return [_Finding(False, f"{path}: there is no block 'llm'")]
+    findings: list[_Finding] = []
+    if "local" in loaded:
+        findings.append(_Finding(False, "local: MetaGPT drops it there; it belongs under llm (llm.local): indent it"))
     try:
         _shape().model_validate(loaded)
     except ValidationError as error:
-        return [_Finding(False, f"{path}\n{error}")]
-    findings = [_Finding(True, f"{path}")]
-    for where, block in _llm_blocks(loaded):
-        findings.extend(_Finding(False, f"{where}{problem}") for problem in _block_problems(block))
-    if not any(block.get("api_type") == "local_llm" for _, block in _llm_blocks(loaded)):
+        for problem in error.errors():
+            message = problem["msg"].removeprefix("Value error, ")
+            findings.append(_Finding(False, f"{'.'.join(map(str, problem['loc']))}: {message}"))
+    blocks = _llm_blocks(loaded)
+    for where, block in blocks:
+        findings.extend(_Finding(False, f"{where}.{problem}") for problem in _block_problems(block))
+    ours = {(str(block["base_url"]), str(block["model"])): block for _, block in blocks
+            if block.get("api_type") == "local_llm" and block.get("base_url") and block.get("model")}  # fmt: skip
+    if not findings and not ours:
         findings.append(_Finding(False, "nothing in it has api_type: local_llm, so MetaGPT uses its own providers"))
-    return findings
+    if findings:
+        return [_Finding(False, f"{path}:"), *findings]
+    if not offline:
+        findings = [_check_server(block) for block in ours.values()]
+    return [_Finding(True, str(path)), *findings]
+
+
+def _check_server(block: dict[str, Any]) -> _Finding:
+    """Whether the server answers, what it is, and whether it has the model."""
+    import asyncio
+
+    from metagpt_localllm.servers import Ask, identify
+    from metagpt_localllm.transport import Endpoint
+
+    endpoint = Endpoint(
+        str(block["base_url"]), str(block["model"]), str(block.get("api_key") or ""), block.get("proxy") or None
+    )
+
+    async def look() -> tuple[Ask, list[str], Any]:
+        ask, names = Ask(endpoint), []
+        try:
+            listed = await asyncio.wait_for(ask.json("./models"), 5)
+            names = [str(entry.get("id")) for entry in (listed or {}).get("data") or () if isinstance(entry, dict)]
+        except Exception as error:  # said below, in words
+            return ask, [], error
+        return ask, names, (await identify(endpoint, (block.get("local") or {}).get("server", "auto"))).server
+
+    ask, names, server = asyncio.run(look())
+    where = f"llm.base_url {endpoint.address}"
+    if isinstance(server, Exception):
+        reason = str(server) or type(server).__name__
+        if ask.connected:
+            return _Finding(False, f"{where}: something answers there, but not as a model server does ({reason})")
+        return _Finding(False, f"{where}: no server there ({reason}). Is it started, and is the address right?")
+    if names and endpoint.model not in names and f"{endpoint.model}:latest" not in names:
+        near = difflib.get_close_matches(endpoint.model, names, n=3, cutoff=0.0)
+        return _Finding(False, f"{where}: it lists no model '{endpoint.model}', but {', '.join(near)} (llm.model)")
+    window = f", context {server.facts.window:,} tokens" if server.facts.window else ", context unknown"
+    hint = "" if server.facts.window else ": set llm.local.context.window to what is loaded"
+    return _Finding(True, f"{where}: {server.name}, model {endpoint.model}{window}{hint}")
 
 
 def _shape() -> Any:
@@ -221,9 +273,21 @@ def _llm_blocks(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _block_problems(block: dict[str, Any]) -> list[str]:
-    if block.get("api_type") != "local_llm":
-        return [".local has no effect: api_type is not local_llm"] if "local" in block else []
-    return [f".{key} is missing; local_llm needs it" for key in ("base_url", "model") if not block.get(key)]
+    kind = str(block.get("api_type", ""))
+    if kind != "local_llm":
+        if difflib.get_close_matches(kind, ["local_llm"], cutoff=0.7):
+            return [f"api_type: there is no '{kind}'; did you mean 'local_llm'?"]
+        return ["local has no effect: api_type is not local_llm"] if "local" in block else []
+    problems = []
+    if not block.get("base_url"):
+        problems.append("base_url is missing: it is the server's address, such as http://localhost:1234/v1")
+    elif not str(block["base_url"]).startswith(("http://", "https://")):
+        problems.append(f"base_url: {block['base_url']} is no address of the form http://host:port/v1")
+    elif str(block["base_url"]).rstrip("/").endswith("/chat/completions"):
+        problems.append("base_url ends in /chat/completions: leave that off")
+    if not block.get("model"):
+        problems.append("model is missing: it is the model's name as the server lists it at <base_url>/models")
+    return problems
 
 
 def metagpt_problems() -> list[str]:

@@ -14,7 +14,8 @@
     ├─ IncompleteStream           (openai.APIConnectionError)  the stream ended without a finish_reason
     ├─ ServerFailed               (openai.InternalServerError) 408, 409, 425, 429, 5xx, or an error inside the stream
     ├─ ContextOverflow            (openai.BadRequestError)     the prompt cannot be made to fit the context window
-    ├─ ModelNotFound              (openai.NotFoundError)       the server does not know the model or the path
+    ├─ ModelNotFound              (openai.NotFoundError)       the server does not know the model
+    ├─ WrongAddress               (openai.NotFoundError)       there is no chat API at base_url
     ├─ AccessDenied               (openai.AuthenticationError) 401 and 403
     └─ RequestRejected            (openai.BadRequestError)     any other 4xx
 
@@ -45,6 +46,7 @@ __all__ = [
     "ServerUnresponsive",
     "StreamStalled",
     "TotalTimeout",
+    "WrongAddress",
 ]
 
 
@@ -166,7 +168,13 @@ class ContextOverflow(_StatusError, openai.BadRequestError):  # type: ignore[mis
 
 
 class ModelNotFound(_StatusError, openai.NotFoundError):  # type: ignore[misc]
-    """The server does not know the model, or not the path (a wrong base_url)."""
+    """The server does not know the model."""
+
+    default_status = 404
+
+
+class WrongAddress(_StatusError, openai.NotFoundError):  # type: ignore[misc]
+    """There is no chat API at base_url: a path that the server does not know, or a web page."""
 
     default_status = 404
 

@@ -145,11 +145,12 @@ def from_response(response: httpx.Response, text: str) -> Failure:
         )  # fmt: skip
     if status == 404 and not _NO_MODEL.search(text) and "model" not in said.lower():
         path = str(response.request.url)
+        remedy = "There is no chat API at this address; most servers want base_url to end in /v1."
+        if path.count("/chat/completions") > 1:
+            remedy = "base_url ends in /chat/completions: leave that off."
         return Failure(
-            Kind.FATAL, errors.ModelNotFound, f"{what} (at {path})",
-            "There is no chat API at this address; most servers want base_url to end in /v1.", "llm.base_url",
-            response=response,
-        )  # fmt: skip
+            Kind.FATAL, errors.WrongAddress, f"{what} (at {path})", remedy, "llm.base_url", response=response
+        )
     if status == 404 or _NO_MODEL.search(text):
         remedy = "Load the model, or write its name as the server's own list (/v1/models) gives it."
         return Failure(Kind.FATAL, errors.ModelNotFound, what, remedy, "llm.model", response=response)
@@ -209,7 +210,7 @@ def _not_connected(error: httpx.TransportError, base_url: str) -> Failure:
     text = " ".join(str(e) for e in chain)
     if any(isinstance(e, ssl.SSLError) for e in chain) or "SSL" in text:
         return Failure(
-            Kind.FATAL, errors.ServerUnavailable, f"no TLS connection to {base_url} ({error})",
+            Kind.FATAL, errors.ServerUnavailable, f"no TLS connection to {base_url}" + (f" ({error})" if str(error) else ""),
             "A local server usually speaks plain http://.", "llm.base_url", cause=error,
         )  # fmt: skip
     unknown_host = any(isinstance(e, socket.gaierror) and e.errno == socket.EAI_NONAME for e in chain)
@@ -224,7 +225,7 @@ def _not_connected(error: httpx.TransportError, base_url: str) -> Failure:
         how = "connection refused" if any(isinstance(e, ConnectionRefusedError) for e in chain) else str(error)
     return Failure(
         Kind.NOT_UP, errors.ServerUnavailable, f"no server at {base_url} ({how})",
-        "Start the server or correct its address.", "llm.local.retry.wait_for_server", cause=error,
+        "Start the server or correct its address.", "llm.base_url, and llm.local.retry.wait_for_server", cause=error,
     )  # fmt: skip
 
 

@@ -10,10 +10,13 @@ import copy
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Any, Callable, Optional, Union
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
+import yaml
+from metagpt.const import CONFIG_ROOT, METAGPT_ROOT
 from metagpt.logs import log_llm_stream, logger
 from metagpt.provider.openai_api import OpenAILLM
 from openai import AsyncOpenAI
@@ -35,6 +38,7 @@ __all__ = ["LocalLLM"]
 #: the traceback of what was raised would keep the loop alive.
 _spent: WeakKeyDictionary[Any, dict[str, LocalLLMError]] = WeakKeyDictionary()
 _guessed: set[tuple[str, str]] = set()
+_looked_at: set[Path] = set()
 
 
 class LocalLLM(OpenAILLM):  # type: ignore[misc]
@@ -47,6 +51,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
 
     def __init__(self, config: Any) -> None:
         _check(config)
+        _warn_of_misplaced()
         super().__init__(config)
         self._settings: LocalSettings = config.local or LocalSettings()
 
@@ -195,6 +200,20 @@ def _check(config: Any) -> None:
         raise ValueError(f"config2.yaml: llm.{problem}")
 
 
+def _warn_of_misplaced() -> None:
+    """A block ``local`` beside ``llm``, which MetaGPT drops without a word: said once."""
+    for path in (METAGPT_ROOT / "config" / "config2.yaml", CONFIG_ROOT / "config2.yaml"):
+        if path in _looked_at:
+            continue
+        _looked_at.add(path)
+        try:
+            written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(written, dict) and "local" in written:
+            logger.warning(f"{path}: 'local' has no effect there; it belongs under llm (llm.local): indent it.")
+
+
 def _is_url(text: str, *schemes: str) -> bool:
     try:
         parts = urlsplit(text)
@@ -239,7 +258,9 @@ def _log(event: events.Event) -> None:
     elif isinstance(event, events.Retry):
         logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
     elif isinstance(event, events.Waiting):
-        logger.warning(f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most.")
+        logger.warning(
+            f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most. Is it started, and is llm.base_url right?"
+        )
     elif isinstance(event, events.Trimmed):
         logger.warning(
             f"{who}: the prompt was too long for the context window of {event.window:,} tokens: "

@@ -34,6 +34,7 @@ __all__ = [
     "RetrySettings",
     "Tier",
     "Timeouts",
+    "format_duration",
     "parse_duration",
     "refuse_misplaced",
 ]
@@ -70,6 +71,14 @@ def parse_duration(value: object) -> float:
     if seconds < 0:
         raise ValueError(f"{value!r} is negative; a duration is never below zero")
     return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """``seconds`` as a user would write them: 90s, 10m, 2h."""
+    for unit in ("h", "m"):
+        if seconds >= _UNITS[unit] and seconds % _UNITS[unit] == 0:
+            return f"{seconds / _UNITS[unit]:g}{unit}"
+    return f"{seconds:g}s"
 
 
 def _positive_duration(value: object) -> float:
@@ -145,7 +154,7 @@ def refuse_misplaced(llm: Dict[str, Any], known: List[str]) -> None:
         homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         if homes or near:
-            hint = f"it belongs to '{homes[0]}'" if homes else f"did you mean '{near[0]}'?"
+            hint = f"it belongs to 'llm.{homes[0]}'" if homes else f"did you mean '{near[0]}'?"
             raise _complain("LLMConfig", (key,), f"there is no setting '{key}' here; {hint}", llm[key])
 
 
@@ -306,7 +315,8 @@ def _check_order(where: Union[int, str], block: Union[Tier, Timeouts], defaults:
     for name in ("connect", "first_token", "stall"):
         value: Union[None, str, float] = getattr(block, name)
         if name in block.model_fields_set and isinstance(value, float) and value > total:
-            message = f"{name} is {value:g} s, over total, which is {total:g} s{origin}: raise total, too, or lower {name}"
+            told = f"{name} is {format_duration(value)}, over total, which is {format_duration(total)}{origin}"
+            message = f"{told}: raise total, too, or lower {name}"
             raise _complain("LocalSettings", (*location, name), message, value)
 
 

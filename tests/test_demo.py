@@ -4,15 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from metagpt_localllm.cli import main
+from metagpt_localllm.simulator import Machine, SimulatorThread
 
 
 def test_the_demo_leaves_a_project_and_a_table(tmp_path):
     command = str(Path(sys.executable).parent / "metagpt-localllm")
     done = subprocess.run(
-        [command, "demo", "--output", str(tmp_path / "out"), "--scale", "300", "--limit", "150"],
+        [command, "demo", "--output", str(tmp_path / "out"), "--scale", "600", "--limit", "150"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -21,11 +23,50 @@ def test_the_demo_leaves_a_project_and_a_table(tmp_path):
     assert {"main.py", "game.py"} <= names
 
 
-def test_check_finds_a_typo(tmp_path):
+def checked(tmp_path, text):
     config = tmp_path / "config2.yaml"
-    config.write_text("llm: {api_type: local_llm, base_url: x, model: m, local: {timeouts: {first_tokn: 1}}}")
-    result = CliRunner().invoke(main, ["check", "--config", str(config)])
-    assert result.exit_code == 1 and "did you mean 'first_token'" in result.output
+    config.write_text(text)
+    return CliRunner().invoke(main, ["check", "--config", str(config)])
+
+
+LLM = "llm: {api_type: local_llm, base_url: 'http://127.0.0.1:9/v1', model: m%s}"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (LLM % ", local: {timeouts: {first_tokn: 1}}", "llm.local.timeouts.first_tokn: there is no setting"),
+        (LLM % "" + "\nlocal: {}", "it belongs under llm"),
+        (LLM % ", first_token: 3", "it belongs to 'llm.local.timeouts.first_token'"),
+        (LLM % "", "no server there"),
+        ("llm: {api_type: localllm}", "did you mean 'local_llm'"),
+        ("llm: {api_type: openai}", "uses its own providers"),
+        ("llm: {api_type: local_llm, base_url: 'localhost:1/v1', model: m}", "of the form http://host:port/v1"),
+        ("llm: {api_type: local_llm, base_url: 'http://h/v1/chat/completions', model: m}", "leave that off"),
+        ("llm: {api_type: local_llm}", "llm.model is missing"),
+        ("llm:\n\tapi_type: local_llm", "no tabs"),
+        ("x: 1", "no block 'llm'"),
+    ],
+)
+def test_check_names_each_mistake_and_nothing_of_pydantics(tmp_path, text, said):
+    result = checked(tmp_path, text)
+    assert result.exit_code == 1 and said in result.output
+    assert "pydantic" not in result.output and "input_value" not in result.output
+
+
+def test_check_tells_what_the_server_is(tmp_path):
+    with SimulatorThread(Machine(context=8192)) as server:
+        good = checked(tmp_path, f"llm: {{api_type: local_llm, base_url: '{server.base_url}', model: {server.model}}}")
+        other = checked(tmp_path, f"llm: {{api_type: local_llm, base_url: '{server.base_url}', model: other}}")
+    assert f"llama.cpp, model {server.model}, context 8,192 tokens" in good.output
+    assert "it lists no model 'other'" in other.output and other.exit_code == 1
+
+
+def test_a_port_in_use_is_said_in_a_line():
+    with SimulatorThread(Machine()) as server:
+        port = server.base_url.split(":")[2].split("/")[0]
+        result = CliRunner().invoke(main, ["simulate", "--port", port])
+    assert result.exit_code == 1 and "Choose another with --port" in result.output
 
 
 def test_a_full_folder_is_not_overwritten(tmp_path):

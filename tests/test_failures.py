@@ -10,6 +10,7 @@ import pytest
 from metagpt_localllm import errors
 from metagpt_localllm.failures import Kind, from_error_body, from_exception, from_response
 
+WAITED = "llm.base_url, and llm.local.retry.wait_for_server"
 REQUEST = httpx.Request("POST", "http://localhost:8080/v1/chat/completions")
 LLAMA_OVERFLOW = {"code": 400, "message": "request (3286 tokens) exceeds the available context size (2048 tokens), try "
                   "increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": 3286, "n_ctx": 2048}  # fmt: skip
@@ -28,7 +29,7 @@ TABLE = [
     (401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}}, Kind.FATAL,
      errors.AccessDenied, (None, None)),
     (404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}, Kind.FATAL,
-     errors.ModelNotFound, (None, None)),
+     errors.WrongAddress, (None, None)),
     (400, {"error": {"code": 400, "message": "model 'x' not found", "type": "invalid_request_error"}}, Kind.FATAL,
      errors.ModelNotFound, (None, None)),
     (400, {"error": {"code": 400, "message": "'messages' is required", "type": "invalid_request_error"}}, Kind.FATAL,
@@ -171,8 +172,8 @@ def not_tls():
 @pytest.mark.parametrize(
     "raised, began, kind, error, setting",
     [
-        (refused(), False, Kind.NOT_UP, errors.ServerUnavailable, "llm.local.retry.wait_for_server"),
-        (httpx.ConnectTimeout(""), False, Kind.NOT_UP, errors.ServerUnavailable, "llm.local.retry.wait_for_server"),
+        (refused(), False, Kind.NOT_UP, errors.ServerUnavailable, WAITED),
+        (httpx.ConnectTimeout(""), False, Kind.NOT_UP, errors.ServerUnavailable, WAITED),
         (unknown_host(), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
         (not_tls(), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),
         (httpx.UnsupportedProtocol("no protocol"), False, Kind.FATAL, errors.ServerUnavailable, "llm.base_url"),

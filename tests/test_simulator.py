@@ -87,6 +87,8 @@ def test_faults_from_text():
         parse_fault("stal")
     with pytest.raises(ValueError, match="key=value"):
         parse_fault("stall:then=3")
+    with pytest.raises(ValueError, match="on must be a number, not 'x'"):
+        parse_fault("stall:on=x")
 
 
 @pytest.mark.parametrize("fault, struck", [(Fault("hang", on=2), [2]), (Fault("hang", on=2, times=2), [2, 3]),

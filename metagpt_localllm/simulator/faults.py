@@ -90,10 +90,14 @@ def parse_fault(text: str) -> Fault:
         if not equals or key not in (*_NUMBERS, "times", "duration", "match"):
             known = ", ".join([*_NUMBERS, "times", "duration", "match"])
             raise ValueError(f"'{part}' in the fault '{text}' is not key=value with a key of: {known}")
-        if key == "times":
-            values[key] = None if value == "always" else int(value)
-        elif key == "duration":
-            values[key] = parse_duration(value)
-        else:
-            values[key] = _NUMBERS[key](value) if key in _NUMBERS else value
+        try:
+            if key == "times":
+                values[key] = None if value == "always" else int(value)
+            elif key == "duration":
+                values[key] = parse_duration(value)
+            else:
+                values[key] = _NUMBERS[key](value) if key in _NUMBERS else value
+        except ValueError:
+            kind_of = "a duration" if key == "duration" else "a number"
+            raise ValueError(f"in the fault '{text}', {key} must be {kind_of}, not '{value}'") from None
     return Fault(kind.strip(), **values)  # type: ignore[arg-type]
