@@ -103,6 +103,7 @@ def run_demo(options: DemoOptions) -> int:
         console.print(_table(options.provider, simulator, events, elapsed, scale, project, finished))
     if finished:
         console.print(f"The project ({project.files} files) is in {project.folder}; MetaGPT's output in {log_file}.")
+        console.print(f"Run it: [bold]{sys.executable} {project.main} --delay 0.02[/]", soft_wrap=True)
         return 0
     if status is None:
         how = f"was ended after {options.limit:g} s"
@@ -147,7 +148,7 @@ def _run_metagpt(
         output = None if options.verbose else log
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
         try:
-            with console.status("MetaGPT starts …") as status:
+            with console.status("MetaGPT is starting (it takes some 10 s to import) …") as status:
                 while process.poll() is None:
                     if time.monotonic() > end:
                         return None
@@ -178,6 +179,7 @@ class _Project:
     files: int
     missing: tuple[str, ...]
     broken: tuple[str, ...]
+    main: Optional[Path]
 
     @property
     def finished(self) -> bool:
@@ -189,7 +191,7 @@ class _Project:
         sources = {path.name: path for path in files if path.suffix == ".py"}
         missing = [name for name in FILES if name not in sources]
         broken = [name for name, path in sources.items() if not _compiles(path)]
-        return cls(workspace, len(files), tuple(missing), tuple(broken))
+        return cls(workspace, len(files), tuple(missing), tuple(broken), sources.get("main.py"))
 
 
 def _compiles(path: Path) -> bool:
@@ -216,7 +218,7 @@ def _table(
     table.add_column(justify="right")
     rows: list[tuple[str, str]] = [
         ("project finished", "yes" if finished else "no"),
-        ("source files written, of those planned", f"{len(FILES) - len(project.missing)} of {len(FILES)}"),
+        ("source files, of those planned", f"{len(FILES) - len(project.missing)} of {len(FILES)}"),
     ]
     if project.missing:
         rows.append(("  missing", ", ".join(project.missing)))
@@ -224,25 +226,23 @@ def _table(
         rows.append(("  no valid Python", ", ".join(project.broken)))
     if provider != "openai":
         rows += [
-            ("calls of MetaGPT's roles", f"{kinds.count('Done') + kinds.count('Failed')}"),
-            ("  of them answered", f"{kinds.count('Done')}"),
-            ("waits for the server (no attempt spent)", f"{kinds.count('Waiting')}"),
+            ("calls answered", f"{kinds.count('Done')} of {kinds.count('Done') + kinds.count('Failed')}"),
             ("retries", f"{len(retries)}"),
-            ("  after a timeout, which ends a stock run or repeats it", f"{sum(r['cause'] in timeouts for r in retries)}"),
-            ("first token: longest wait; deadlines given", _against("ttft", "first_token", done, sent, scale)),
-            ("silence between tokens: longest; deadlines", _against("longest_gap", "stall", done, sent, scale)),
-            ("whole answer: longest; deadlines given", _against("elapsed", "total", done, sent, scale)),
-            ("prompts trimmed to the context window", f"{len(trimmed)}"),
-            ("tokens trimmed", f"{sum(event['removed_tokens'] for event in trimmed):,}"),
+            ("  of these after a timeout", f"{sum(r['cause'] in timeouts for r in retries)}"),
+            ("waits for the server", f"{kinds.count('Waiting')}"),
+            *_against("first token", "ttft", "first_token", done, sent, scale),
+            *_against("gap between tokens", "longest_gap", "stall", done, sent, scale),
+            *_against("whole answer", "elapsed", "total", done, sent, scale),
+            ("prompts trimmed", f"{len(trimmed)}, by {sum(event['removed_tokens'] for event in trimmed):,} tokens"),
         ]
     rows += [
         ("requests the server got", f"{stats.requests:,}"),
-        ("prompt tokens processed (and taken from the cache)", f"{stats.prefill_tokens:,} ({stats.cached_tokens:,})"),
+        ("prompt tokens processed", f"{stats.prefill_tokens:,}, and {stats.cached_tokens:,} cached"),
         ("answer tokens", f"{stats.decode_tokens:,}"),
         ("tokens of work thrown away", f"{stats.wasted_tokens:,}"),
         ("faults played", ", ".join(stats.faults) or "none"),
         ("wall time", f"{elapsed:.0f} s"),
-        ("the same on the real machine", f"about {elapsed * scale / 60:.0f} min"),
+        ("  on the real machine", f"about {elapsed * scale / 60:.0f} min"),
     ]
     for row in rows:
         table.add_row(*row)
@@ -250,12 +250,14 @@ def _table(
 
 
 def _against(
-    needed: str, deadline: str, done: list[dict[str, Any]], sent: list[dict[str, Any]], scale: float
-) -> str:
-    """What was needed at the most, and the first and the last deadline that was given, in seconds of the real machine."""
+    what: str, needed: str, deadline: str, done: list[dict[str, Any]], sent: list[dict[str, Any]], scale: float
+) -> list[tuple[str, str]]:
+    """The longest that was needed beside the first and the last deadline, in seconds of the real machine."""
+    if not sent:
+        return []
     most = max((event[needed] or 0.0 for event in done), default=0.0) * scale
-    given = [event[deadline] * scale for event in sent]
-    return f"{most:,.0f} s; {given[0]:,.0f} … {given[-1]:,.0f} s" if given else "-"
+    first, last = sent[0][deadline] * scale, sent[-1][deadline] * scale
+    return [(f"{what}, the longest", f"{most:,.0f} s"), ("  its deadline, first and last", f"{first:,.0f} s, {last:,.0f} s")]
 
 
 def _last_words(log_file: Path) -> list[str]:

@@ -18,7 +18,7 @@ def test_the_demo_leaves_a_project_and_a_table(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "retries" in done.stdout and "tokens trimmed" in done.stdout
+    assert "retries" in done.stdout and "prompts trimmed" in done.stdout
     names = {path.name for path in (tmp_path / "out" / "workspace").rglob("*.py")}
     assert {"main.py", "game.py"} <= names
 
