@@ -48,7 +48,7 @@ _PRIOR_SPREAD, _PRIOR_CALLS = 0.35, 3
 #: The spread is never believed to be smaller, nor the quantile to be further from the middle (in logarithms).
 _LEAST_SPREAD, _MOST = 0.1, math.log(20)
 #: A miss counts as a multiple at most so far; what is beyond is more likely a wait.
-_LARGEST_MULTIPLE = math.log(4)
+_LARGEST_MULTIPLE = math.log(2)
 #: Where a prompt is larger than any of late, the quantile grows by this power of how much.
 _EXTRAPOLATION = 0.2
 #: Slopes: the part by which a token's cost grows per token before it. 0: as if attention were free; 1/16,384 for a 30B model.
@@ -146,14 +146,14 @@ class Limits:
     margin: float
 
 
-#: A first token may take as long as the whole attempt did before anything was learned, since a prompt may be huge.
+#: In seconds. A first token may take two hours, once something is learned, since a prompt may be huge.
 DEFAULTS: Mapping[str, Limits] = {
     "first_token": Limits(floor=30, ceiling=7200, cold=600, margin=3.0),
     "stall": Limits(floor=20, ceiling=300, cold=60, margin=4.0),
     "total": Limits(floor=300, ceiling=86400, cold=7200, margin=2.0),
     # Silence between two signs of work (prefill progress, tokens) of a server whose health is probed and answers:
     # deaths are mostly proven by the probe, so this can be patient.
-    "progress": Limits(floor=50, ceiling=7200, cold=600, margin=5.0),
+    "progress": Limits(floor=50, ceiling=7200, cold=600, margin=6.0),
 }
 
 
@@ -260,17 +260,17 @@ class Estimator:
         if seconds <= 0 or (sample.attempt != 1 and cached is None):
             return  # Karn's rule
         if cached is None:
-            whole, rest = self._prefill[self._best], prompt - shared
-            middle = whole.middle
             # Between nothing and all that is shared was cached: only a speed that this cannot explain is new.
-            low = math.log(seconds / _work(prompt, 0.0, _SLOPES[self._best]))
-            high = math.log(seconds / _work(rest, shared, _SLOPES[self._best]))
+            middle, slope = self._prefill[self._best].middle, _SLOPES[self._best]
+            low = math.log(seconds / _work(prompt, 0.0, slope))
+            high = math.log(seconds / _work(prompt - shared, shared, slope))
             if middle is not None and low <= middle <= high and shared > prompt / 5:
                 self._forget_timeouts("first_token")
                 return
             cached = 0.0 if middle is not None and middle < low else shared
         uncached = max(prompt - cached, 1.0)
-        self._excess.append(self._excess_of(seconds, uncached, cached))
+        before = self._middle(uncached, cached)
+        self._excess.append(seconds - before if before is not None and seconds > 1.5 * before else 0.0)
         weight = uncached / (uncached + _HALF_WEIGHT)
         for slope, level in zip(_SLOPES, self._prefill):
             level.add(math.log(seconds / _work(uncached, cached, slope)), weight)
@@ -278,10 +278,6 @@ class Estimator:
         # The first slope is believed unless another is clearly better.
         self._best = min(range(len(_SLOPES)), key=lambda index: self._prefill[index].error + 0.01 * (index > 0))
         self._forget_timeouts("first_token")
-
-    def _excess_of(self, seconds: float, uncached: float, cached: float) -> float:
-        before = self._middle(uncached, cached)
-        return 0.0 if before is None or seconds < 1.5 * before else seconds - before
 
     def _unexplained(self) -> float:
         """Seconds that a call may take beyond the prediction: the most of late where it happens often, as behind other clients."""
@@ -308,13 +304,16 @@ class Estimator:
         shared = min(_sound(shared_tokens) or 0.0, (_sound(prompt_tokens) or 1.0) - 1)
         return int(shared * min(self._hits)) if self._hits else 0
 
-    def first_token(self, uncached_tokens: int, *, cached_tokens: int = 0, may_load: bool = False) -> Optional[Estimate]:
+    def first_token(
+        self, uncached_tokens: int, *, cached_tokens: int = 0, may_load: bool = False, may_queue: bool = True
+    ) -> Optional[Estimate]:
         """From sent to the first token, or to the next sign of prefill's progress.
 
         Args:
             uncached_tokens: to be processed until then.
             cached_tokens: before them in the context, cached or processed already.
             may_load: the model may have to be loaded first: it was not used for some time, or the server was started.
+            may_queue: False once prefill has shown progress.
         """
         uncached = max(_sound(uncached_tokens) or 1.0, 1.0)
         cached = _sound(cached_tokens) or 0.0
@@ -328,7 +327,7 @@ class Estimator:
         why = f"{uncached:,.0f} uncached tokens / {uncached / prefill:.3g} tok/s"
         elapsed, of = self._in_vain.get("first_token", (0.0, 1.0))
         in_vain = elapsed * max(min(work / of, 8.0), 1.0)
-        wait = max(self._waits, default=0.0)
+        wait = max(self._waits, default=0.0) if may_queue else 0.0
         if wait > 1:
             why += f" + {_s(wait)} in the queue"
         load = 0.0
@@ -336,7 +335,8 @@ class Estimator:
             # One load says little about the next: the file may be in the page cache or not.
             load = max(self._loads) * (1 + 1 / len(self._loads)) if self._loads else _UNKNOWN_LOAD
             why += f" + {_s(load)} to load"
-        return Estimate(prefill + wait + load, expected + load / 2, _QUANTILE, level.calls, why, in_vain)
+            expected += sorted(self._loads)[len(self._loads) // 2] if self._loads else _UNKNOWN_LOAD / 2
+        return Estimate(prefill + wait + load, expected, _QUANTILE, level.calls, why, in_vain)
 
     def stall(self) -> Optional[Estimate]:
         """The longest silence between two tokens of an answer."""

@@ -246,6 +246,7 @@ def test_the_longest_proven_wait_is_added_and_does_not_grow_with_the_prompt():
     quiet, queued = Estimator(steady()), Estimator([*steady(), call(ttft=50 + 120, waited=120), *steady(5)])
     for tokens in (100, 2000):
         assert seconds(queued, tokens) - seconds(quiet, tokens) == pytest.approx(120, rel=0.2)
+    assert seconds(queued, may_queue=False) == pytest.approx(seconds(quiet), rel=0.2)
 
 
 def test_waits_that_nobody_proves_are_expected_again():
