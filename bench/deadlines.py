@@ -141,6 +141,7 @@ class Score:
     wall: float = 0.0
     notice: list[float] = field(default_factory=list)
     proven: list[float] = field(default_factory=list)
+    silences: list[float] = field(default_factory=list)  # that false time-outs ended
 
     def add(self, other: Score) -> None:
         self.calls += other.calls
@@ -149,6 +150,7 @@ class Score:
         self.wall += other.wall
         self.notice += other.notice
         self.proven += other.proven
+        self.silences += other.silences
 
 
 class Fixed:
@@ -225,6 +227,7 @@ def call(policy: Fixed, truth: Truth, score: Score) -> None:
             spent = since + silence
             score.wall += spent + PAUSE
             false += 1
+            score.silences.append(silence)
             policy.observe(Sample(**{**base, "waited": 0.0}, censored="first_token", elapsed=silence))
             done = max(spent - wait - load, 0) / max(prefill, 1e-9) * (truth.prompt - begin)
             cached = int(begin + done // BATCH * BATCH)
@@ -258,6 +261,7 @@ def call(policy: Fixed, truth: Truth, score: Score) -> None:
             continue
         if truth.gap > stall:
             false += 1
+            score.silences.append(stall)
             score.wall += gap_begins + stall + PAUSE
             policy.observe(Sample(**base, **seconds, ttft=ttft, answer_tokens=part, censored="stall", elapsed=stall))
             cached, wait, load, shared = truth.prompt - 1, 0.0, 0.0, truth.prompt
@@ -383,8 +387,11 @@ def goals(scores: dict[tuple[str, str, str], Score]) -> str:
         goal(f"{name}: wall time over the oracle's", score.wall / oracle.wall, 1.05, "")
     proven = merged(scores, "learned, with proof").proven
     goal("learned, with proof: a proven death noticed, slowest", max(proven), 2, " s")
+    silences = merged(scores, "learned, with proof").silences
+    if silences:
+        lines.append(f"\nWith proof each false time-out followed {min(silences):.0f} s or more without any sign of work.")
     late = quantile(oracle.notice, 0.95)
-    lines.append(f"\nThe oracle, which knows when the next token is due, notices a dead server at p95 after {late:.0f} s.")
+    lines.append(f"The oracle, which knows when the next token is due, notices a dead server at p95 after {late:.0f} s.")
     return "\n".join(lines)
 
 

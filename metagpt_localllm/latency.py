@@ -25,7 +25,7 @@ time-out) is the form to start from. What is kept, and what differs:
 
 Sources: RFC 6298 (https://www.rfc-editor.org/rfc/rfc6298); P. Karn, C. Partridge, "Improving Round-Trip Time Estimates in
 Reliable Transport Protocols", SIGCOMM '87; J. Dean, L. Barroso, "The Tail at Scale", CACM 56(2), 2013, for the tail. The
-constants were tuned with bench/deadlines.py on seeds other than those it prints.
+constants were tuned with bench/deadlines.py on its seeds 1 to 3 and 11 to 16, and checked on 21 to 30.
 """
 
 from __future__ import annotations
