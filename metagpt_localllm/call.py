@@ -50,6 +50,10 @@ DEFAULT_WINDOW = 4096
 #: Bytes of an error's body that are read.
 _MAX_ERROR_BYTES = 1 << 20
 
+#: The time-out that counts for a deadline that has none of its own.
+_ENDED_BY = {"progress": "first_token"}
+#: Prompt tokens between two signs of prefill progress, at the most (llama.cpp's default n_batch).
+_BATCH = 2048
 #: Seconds that a deadline has at the least in scaled time: this machine's own hiccups are not scaled.
 _LEAST_SCALED = 0.5
 
@@ -142,8 +146,10 @@ class _Run:
         cached = estimator.cached_tokens(prompt.tokens, self.shared_tokens)
         may_load = self.server.facts.loaded is not True and self.history.may_load(now)
         new = prompt.tokens - cached
+        batch = min(new, _BATCH)
         estimates = {
             "first_token": estimator.first_token(new, cached_tokens=cached, may_load=may_load),
+            "progress": estimator.first_token(batch, cached_tokens=prompt.tokens - batch, may_queue=False),
             "stall": estimator.stall(),
             "total": estimator.total(new, prompt.max_tokens, cached_tokens=cached, may_load=may_load),
         }
@@ -153,7 +159,7 @@ class _Run:
                 scale = self.time_scale
                 floor = max(limits.floor / scale, _LEAST_SCALED)
                 limits = latency.Limits(floor, limits.ceiling / scale, limits.cold / scale, limits.margin)
-            learned[name] = latency.deadline(name, estimates[name], limits, backoff=estimator.backoff(name))
+            learned[name] = latency.deadline(name, estimates[name], limits, backoff=estimator.backoff(_ENDED_BY.get(name, name)))
         call = self.call
         return plan_deadlines(call.settings.timeouts, self.tier, call.attempt_cap, learned)
 

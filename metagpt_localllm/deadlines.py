@@ -23,6 +23,7 @@ class Deadlines:
         connect: until the connection stands.
         first_token: from the request to the first token, or to the next sign that the server works.
         stall: silence between two tokens.
+        progress: from one sign of prefill's progress to the next, or to the first token.
         total: the attempt as a whole.
         tier: name of the tier they come from.
         settings: path in config2.yaml of each, to be named in errors; ``total`` may be ``llm.timeout``.
@@ -32,6 +33,7 @@ class Deadlines:
     connect: float
     first_token: float
     stall: float
+    progress: float
     total: float
     tier: str
     settings: dict[str, str]
@@ -69,7 +71,9 @@ def plan_deadlines(
     if attempt_cap is not None and attempt_cap < values["total"]:
         values["total"], settings["total"] = attempt_cap, "llm.timeout"
         why.pop("total", None)
+    # Where the user allows a time for the first token, that is also what he allows between two signs of progress.
+    values["progress"] = learned["progress"].seconds if "first_token" in why else values["first_token"]
     # What is inherited or learned gives way to a shorter total (settings.py refuses two of the same block).
-    for name in ("connect", "first_token", "stall"):
+    for name in ("connect", "first_token", "stall", "progress"):
         values[name] = min(values[name], values["total"])
     return Deadlines(**values, tier=tier.name if tier is not None else DEFAULT_TIER, settings=settings, why=why)

@@ -123,6 +123,8 @@ class CallLife:
     def deadline(self) -> float:
         if self.phase is Phase.DECODING:
             limit = self._deadlines.stall
+        elif self.phase is Phase.PREFILL:
+            limit = self._deadlines.progress
         elif self.phase is Phase.ENDING:
             limit = min(self._deadlines.stall, _GRACE)
         else:

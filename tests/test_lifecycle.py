@@ -8,7 +8,7 @@ from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import BackOff, CallLife, GiveUp, Phase, SendAgain, WaitForServer
 
 NAMES = ("connect", "first_token", "stall", "total")
-DEADLINES = Deadlines(5, 100, 10, 1000, "default", {name: f"llm.local.timeouts.{name}" for name in NAMES})
+DEADLINES = Deadlines(5, 100, 10, 80, 1000, "default", {name: f"llm.local.timeouts.{name}" for name in NAMES})
 
 
 def life(**options):
@@ -35,10 +35,10 @@ def test_prefill_that_moves_puts_the_deadline_off_and_prefill_that_does_not_move
     call.send(0)
     call.progress(0, 50)
     call.progress(512, 60)
-    assert (call.phase, call.deadline) == (Phase.PREFILL, 160)
+    assert (call.phase, call.deadline) == (Phase.PREFILL, 140)
     call.progress(512, 90)
-    assert call.deadline == 160
-    assert "prompt token 512" in call.expire(160).what
+    assert call.deadline == 140
+    assert "prompt token 512" in call.expire(140).what
 
 
 def test_every_token_starts_the_stall_deadline_anew():
