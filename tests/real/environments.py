@@ -159,7 +159,9 @@ def running(name, context=2048):
         until = time.monotonic() + START_LIMIT
         while not _answers(f"http://127.0.0.1:{port}{recipe.ready}"):
             if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"{name} did not start; its last words:\n{log_path.read_text('utf-8', 'replace')[-2000:]}")
+                raise RuntimeError(
+                    f"{name} did not start; its last words:\n{log_path.read_text('utf-8', 'replace')[-2000:]}"
+                )
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1", served
     finally:
