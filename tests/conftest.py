@@ -159,6 +159,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "real: against a real server that is installed for it (--server NAME)")
+    if config.getoption("markexpr") == "real" and config.getoption("--server") is None:
+        raise pytest.UsageError("-m real needs --server NAME")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -84,19 +84,21 @@ async def test_what_it_does_with_a_prompt_over_its_context(real):
         assert whole.status_code == 200 and seen == (200, True)
 
 
-async def test_what_a_second_request_does_to_the_stream_that_runs(real):
+@pytest.mark.parametrize("path, harmful", [("/v1/models", True), ("/health", False)])
+async def test_what_a_question_does_to_the_stream_that_runs(real, path, harmful):
     name, endpoint = real
     await settled(endpoint)
     stream = asyncio.ensure_future(read_stream(endpoint, body_for(endpoint, LONG, 1000)))
     await asyncio.sleep(0.3)
     async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
-        await client.get(endpoint.base_url + "/models")
+        await client.get(endpoint.root + path)
+    assert not stream.done()
     try:
         chunks, _, _ = await stream
         finished = any(c["choices"] and c["choices"][0].get("finish_reason") for c in chunks)
     except httpx.RemoteProtocolError:
         finished = False
-    assert finished == (name != "llama-cpp-python")
+    assert finished != (harmful and name == "llama-cpp-python")
 
 
 async def test_a_field_that_it_does_not_know_is_refused_by_transformers_only(real):
