@@ -6,7 +6,16 @@ import json
 import httpx
 import pytest
 from conftest import RawServer, chunk
-from contract import CHECKS, Promise, body_for, endpoint_of, identified, post, read_stream
+from contract import (
+    CHECKS,
+    Promise,
+    body_for,
+    endpoint_of,
+    identified,
+    post,
+    read_stream,
+    shows_its_work_or_is_left_alone,
+)
 
 from metagpt_localllm import servers
 from metagpt_localllm.call import complete
@@ -52,7 +61,7 @@ def test_every_kind_has_a_dialect_and_every_dialect_a_promise():
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("dialect", DIALECTS)
 async def test_every_server_keeps_the_contract(simulator, dialect, check):
-    slow = check.__name__.startswith("shows_its_work")
+    slow = check is shows_its_work_or_is_left_alone
     async with simulator(dialect=dialect, machine=SLOW if slow else FAST, scale=1 if slow else 1000) as server:
         await check(endpoint_of(server.base_url, server.model), PROMISES[dialect])
         if dialect == "llama-cpp-python":
@@ -60,6 +69,13 @@ async def test_every_server_keeps_the_contract(simulator, dialect, check):
             assert asked in ([], ["/v1/models"]), "a second question would cut a stream"
     for request in server.requests:
         assert not {"num_ctx", "options", "keep_alive"} & set(request)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_real_llama_cpp_keeps_the_contract(llama_cpp, check):
+    facts = {"window": 2048, "largest_window": 16384, "loaded": True, "images": False}
+    more = {"max_tokens": 1200} if check is shows_its_work_or_is_left_alone else {}
+    await check(endpoint_of(llama_cpp, "tiny"), Promise("llama.cpp", facts, **SHOWS_ALL), **more)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -77,6 +77,7 @@ class LlamaCpp(Server):
         return None
 
     def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """A streamed answer has the new text only, a whole one all of it (b11549, measured); builds differ."""
         messages = [*body["messages"], {"role": "assistant", "content": partial}]
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 

@@ -31,7 +31,7 @@ class Dialect:
         progress: how the prefill shows: "events", "comments", or "".
         continues: an assistant's message at the end: "always" continued, only when "asked", by a "prefix" beside the
             messages, or never ("").
-        repeats: whether a continued answer has the beginning in front again.
+        repeats: whether a continued answer has the beginning in front again where it is not streamed.
         too_long: a prompt over the context: "refused", with max_tokens ("sum") perhaps; "cut" silently; "broken", a 200
             without a word, in a stream; or not even checked ("").
         strict: fields that it refuses with 422.

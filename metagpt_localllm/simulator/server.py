@@ -482,12 +482,6 @@ class _Exchange:
         if stream and not early:
             await self._work(seconds(1, machine.decode_speed))
             await self._start_stream()
-        if partial is not None and manner.repeats:
-            repeated = Answer(text=partial + "".join(pieces), reasoning=answer.reasoning)
-            if stream:
-                await self._event(chunk({"content": partial}))
-        else:
-            partial, repeated = "", answer
         for number, piece in enumerate(pieces):
             if fault is not None and number == fault.after and await self._fail_in_stream(fault, stream):
                 stats.wasted_tokens += sum(done)
@@ -513,7 +507,8 @@ class _Exchange:
             totals["timings"] = timings
         stats.completed += 1
         if not stream:
-            await self._reply(200, _whole(sim.model, repeated, partial + "".join(pieces), reason, totals))
+            front = partial if partial and manner.repeats else ""
+            await self._reply(200, _whole(sim.model, answer, front + "".join(pieces), reason, totals))
             return
         await self._event({**chunk({}, reason), **(totals if manner.usage == "always" else {})})
         asked = manner.usage == "asked" and (body.get("stream_options") or {}).get("include_usage")
