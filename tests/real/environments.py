@@ -6,6 +6,7 @@ it must have PyTorch's CPU builds (``+cpu``).
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def running(name, context=2048):
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
             [str(python), *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, **recipe.run}, cwd=str(folder()),
+            env={**os.environ, **recipe.run}, cwd=str(folder()), start_new_session=True,
         )  # fmt: skip
     try:
         until = time.monotonic() + START_LIMIT
@@ -165,5 +166,6 @@ def running(name, context=2048):
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1", served
     finally:
-        process.kill()
+        # The group: vLLM's engine and workers outlive the process that was started.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
