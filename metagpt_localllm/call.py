@@ -333,7 +333,8 @@ def _window(call: Call, server: Server) -> Optional[int]:
     if configured != "auto":
         window = configured
     else:
-        window = server.facts.window or call.context_length or (None if server is servers.UNKNOWN else DEFAULT_WINDOW)
+        usual = None if server is servers.UNKNOWN else server.usual_window or DEFAULT_WINDOW
+        window = server.facts.window or call.context_length or usual
     taught = servers.learned(call.endpoint).window
     return window if taught is None else min(taught, window or taught)
 

@@ -7,6 +7,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+os.environ.setdefault("REAL_HOME", os.environ.get("HOME", ""))  # tests/real: pip's configuration may be there
 # MetaGPT reads its configuration and writes logs while it is imported: not from and to the user's folders.
 _home = Path(tempfile.mkdtemp(prefix="metagpt-home-"))
 (_home / ".metagpt").mkdir()
@@ -26,6 +27,7 @@ from metagpt_localllm.tiers import Caller  # noqa: E402
 from metagpt_localllm.transport import Endpoint  # noqa: E402
 
 TESTS = Path(__file__).parent
+sys.path += [str(TESTS), str(TESTS / "real")]
 WORDS = " ".join(f"word{n}" for n in range(12))
 FAST = {"timeouts": {"first_token": 1.5, "stall": 1.0, "total": 20}, "retry": {"backoff": {"initial": 0, "max": 0}}}
 
@@ -152,6 +154,24 @@ def llama_cpp():
     finally:
         process.kill()
         process.wait()
+
+
+def pytest_addoption(parser):
+    names = ["llama-cpp-python", "mlx-lm", "transformers", "vllm", "all"]
+    parser.addoption("--server", choices=names, help="with -m real: the server to install, to start and to test")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real: against a real server that is installed for it (--server NAME)")
+    if config.getoption("markexpr") == "real" and config.getoption("--server") is None:
+        raise pytest.UsageError("-m real needs --server NAME")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--server") is None:
+        left_out = [item for item in items if item.get_closest_marker("real")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -82,11 +82,22 @@ class Ask:
 
     Attributes:
         connected: whether any connection stood.
+        software: the ``server`` header of the latest answer, or "".
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.connected = False
+        self.software = ""
+        self._models: Optional[Mapping[str, Any]] = None
+        self._listed = False
+
+    async def models(self) -> Optional[Mapping[str, Any]]:
+        """The list of models (``/v1/models``), asked for once only; raises as :meth:`json` does."""
+        if not self._listed:
+            self._models = await self.json("./models")
+            self._listed = True
+        return self._models
 
     async def json(self, path: str, body: Optional[Mapping[str, Any]] = None) -> Optional[Mapping[str, Any]]:
         """The JSON object at ``path``, which is below the API when it begins with ``./`` and else at the server's root.
@@ -113,6 +124,7 @@ class Ask:
             "GET" if body is None else "POST", url, content=content, headers=endpoint.headers,
             extensions={"trace": self._trace},
         )  # fmt: skip
+        self.software = response.headers.get("server", "")
         if response.status_code >= 500 or response.status_code in (401, 403):
             raise Unanswered(f"{response.status_code}")
         if response.status_code != 200:
@@ -134,12 +146,18 @@ class Server:
         name: what users call it, and what ``llm.local.server`` takes.
         counts: whether :meth:`count_tokens` may give a number.
         watchable: whether :meth:`work` may be asked while a request runs; the shortest interval is two seconds.
+        quiet: whether every question beside the chat harms the answer that runs; it is asked once and never again.
+        lists: whether ``/v1/models`` always answers.
+        usual_window: context window in tokens that it takes unless told otherwise, where it never says which it has.
         facts: what it said.
     """
 
     name: ClassVar[str] = "plain"
     counts: ClassVar[bool] = False
     watchable: ClassVar[bool] = False
+    quiet: ClassVar[bool] = False
+    lists: ClassVar[bool] = True
+    usual_window: ClassVar[Optional[int]] = None
 
     def __init__(self, facts: Optional[Facts] = None) -> None:
         self.facts = facts or Facts()

@@ -6,6 +6,7 @@ Nothing here ever fails a call or delays it by more than a second (counting toke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import logging
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from weakref import WeakKeyDictionary
 
 import anyio
 
-from metagpt_localllm.servers.base import Ask, Server
+from metagpt_localllm.servers.base import Ask, Server, Unanswered
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
+from metagpt_localllm.servers.llama_cpp_python import LlamaCppPython
+from metagpt_localllm.servers.llama_swap import LlamaSwap
 from metagpt_localllm.servers.lm_studio import LMStudio
+from metagpt_localllm.servers.mlx_lm import MLXLM
 from metagpt_localllm.servers.ollama import Ollama
-from metagpt_localllm.servers.vllm import VLLM
+from metagpt_localllm.servers.transformers_serve import TransformersServe
+from metagpt_localllm.servers.vllm import VLLM, SGLang, TabbyAPI
 from metagpt_localllm.transport import Endpoint, client_for
 
 __all__ = [
@@ -27,7 +32,9 @@ __all__ = [
 ]  # fmt: skip
 
 #: The kinds of servers, in the order in which they are tried where the list of models gives none of them away.
-KINDS: tuple[type[Server], ...] = (LlamaCpp, Ollama, LMStudio, VLLM)
+KINDS: tuple[type[Server], ...] = (
+    LlamaCpp, LlamaSwap, Ollama, LMStudio, VLLM, SGLang, TabbyAPI, LlamaCppPython, MLXLM, TransformersServe,
+)  # fmt: skip
 #: A server that did not even say that it is none of these.
 UNKNOWN = Server()
 #: Seconds for finding out what the server is: it answers such questions at once, or is busy or broken.
@@ -91,7 +98,12 @@ def _key(endpoint: Endpoint) -> _Key:
 
 def known(endpoint: Endpoint) -> Optional[Server]:
     """What an earlier call has found out, or None."""
-    return _servers.get(_key(endpoint))
+    found = _servers.get(_key(endpoint))
+    if found is None:
+        # The question for another model would harm this one's answer.
+        quiet = (server for (url, _), server in _servers.items() if server.quiet and url == endpoint.base_url)
+        found = next(quiet, None)
+    return found
 
 
 def learned(endpoint: Endpoint) -> Learned:
@@ -100,10 +112,17 @@ def learned(endpoint: Endpoint) -> Learned:
 
 
 def forget(endpoint: Endpoint, *, restarted: bool = False) -> None:
-    """The server may have changed, so it is asked again; one that was ``restarted`` may also hold another window."""
-    _servers.pop(_key(endpoint), None)
+    """The server may have changed, so it is asked again; one that was ``restarted`` may also hold another window.
+
+    A quiet one is asked again only when it was restarted, since then no answer runs.
+    """
     if restarted:
         _learned.pop(_key(endpoint), None)
+        for key in [key for key, server in _servers.items() if server.quiet and key[0] == endpoint.base_url]:
+            del _servers[key]
+    found = _servers.get(_key(endpoint))
+    if found is not None and not found.quiet:
+        del _servers[_key(endpoint)]
 
 
 async def identify(endpoint: Endpoint, named: str = "auto") -> Identified:
@@ -129,6 +148,8 @@ async def identify(endpoint: Endpoint, named: str = "auto") -> Identified:
 async def _identify(endpoint: Endpoint, named: str) -> Identified:
     ask = Ask(endpoint)
     kind = None if named == "auto" else kind_named(named)
+    if kind is not None and kind.quiet:
+        return Identified(_servers.setdefault(_key(endpoint), kind()))
     server: Optional[Server] = None
     hung = True
     with anyio.move_on_after(_PROBE_LIMIT):
@@ -153,12 +174,25 @@ class _Unlisted(Server):
 async def _detect(ask: Ask) -> Server:
     """The list of models, which all servers have, gives most of them away; the others are tried one by one."""
     model = ask.endpoint.model
-    models = await ask.json("./models")
+    try:
+        models = await ask.models()
+    except Unanswered:
+        for kind in KINDS:
+            server = None if kind.lists else await kind.identify(ask, model)
+            if server is not None:
+                return server
+        raise
     likely = [kind for kind in KINDS if models is not None and kind.recognizes(models)]
-    for kind in [*likely, *(kind for kind in KINDS if kind not in likely)]:
+    for kind in likely:
         server = await kind.identify(ask, model)
         if server is not None:
             return server
+    for kind in KINDS:
+        # What another server or a proxy says to a question for this kind means nothing.
+        with contextlib.suppress(Unanswered):
+            server = None if kind in likely else await kind.identify(ask, model)
+            if server is not None:
+                return server
     return Server() if models is not None else _Unlisted()
 
 

@@ -1,12 +1,17 @@
-"""llama.cpp's own server, ``llama-server`` (b11549 and its source; builds from b6399 on)."""
+"""llama.cpp's own server, ``llama-server`` (b11549 and its source; builds from b6399 on), and its router.
+
+The router (``--models-dir``, ``--models-preset``) loads the model that a request names, and evicts another one for
+it; a question about a model would do so too, if it didn't forbid it (``autoload=false``).
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
+from urllib.parse import quote
 
 from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, Work, entries, positive
 
-__all__ = ["LlamaCpp"]
+__all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
 
 
 class LlamaCpp(Server):
@@ -17,6 +22,11 @@ class LlamaCpp(Server):
     # More often than once in 1.5 s would delay its own look whether a client is still there (measured, b11549).
     watchable: ClassVar[bool] = True
 
+    def __init__(self, facts: Optional[Facts] = None, routed: str = "") -> None:
+        """``routed``: the model whose server the router asks; "" where there is no router."""
+        super().__init__(facts)
+        self._routed = routed
+
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
         return any(entry.get("owned_by") == "llamacpp" for entry in entries(models, "data"))
@@ -24,20 +34,19 @@ class LlamaCpp(Server):
     @classmethod
     async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
         props = await ask.json("/props")
-        defaults = props.get("default_generation_settings") if props is not None else None
-        if props is None or not isinstance(defaults, Mapping):
+        if props is None or not isinstance(props.get("default_generation_settings"), Mapping):
             return None
-        modalities = props.get("modalities")
-        return cls(
-            Facts(
-                window=positive(defaults.get("n_ctx")),  # of one slot
-                quantization=str(props.get("model_ftype") or ""),
-                slots=positive(props.get("total_slots")),
-                images=bool(modalities.get("vision")) if isinstance(modalities, Mapping) else None,
-                loaded=not props.get("is_sleeping", False),
-                version=str(props.get("build_info") or ""),
-            )
-        )
+        entry = _entry(await ask.models(), model)
+        if props.get("role") != "router":
+            return cls(facts_of(props, entry))
+        loaded = _status(entry) in ("loaded", "sleeping")
+        props = await ask.json(_routed("/props", model)) if loaded else None
+        return cls(facts_of(props, entry) if props is not None else Facts(loaded=False), model)
+
+    @property
+    def settled(self) -> bool:
+        # What the router has not loaded yet has no window yet.
+        return not self._routed or bool(self.facts.window)
 
     def extras(self) -> Mapping[str, Any]:
         return {**super().extras(), "return_progress": True}
@@ -60,27 +69,72 @@ class LlamaCpp(Server):
         return Timings(cached if isinstance(cached, int) else None, seconds("prompt_ms"), seconds("predicted_ms"))
 
     async def work(self, ask: Ask) -> Optional[Work]:
-        slots = await ask.array("/slots")
-        if slots is None:
-            return None
-        busy = [slot for slot in slots if slot.get("is_processing")]
-        # The counts are in builds from b9276 on; next_token is an object in some builds and a list in others.
-        marker = tuple(
-            f"{slot.get('id_task')} {slot.get('n_prompt_tokens_processed')} {slot.get('next_token')}" for slot in busy
-        )
-        return Work(bool(busy), marker, "prefill or decode")
+        slots = await ask.array(_routed("/slots", self._routed) if self._routed else "/slots")
+        if slots is not None:
+            return work_of(slots)
+        if self._routed and _status(_entry(await ask.json("./models"), self._routed)) == "loading":
+            return Work(True, "loading", "loading the model")
+        return None
 
     def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """A streamed answer has the new text only, a whole one all of it (b11549, measured); builds differ."""
         messages = [*body["messages"], {"role": "assistant", "content": partial}]
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
-        answer = await ask.json("/v1/chat/completions/input_tokens", prompt)
-        if answer is not None:
-            return positive(answer.get("input_tokens"))
-        # Builds before b9540.
-        text = (await ask.json("/apply-template", prompt) or {}).get("prompt")
-        if not isinstance(text, str):
-            return None
-        tokens = (await ask.json("/tokenize", {"content": text, "add_special": True}) or {}).get("tokens")
-        return len(tokens) if isinstance(tokens, list) else None
+        # The router would load the model for it, and evict another.
+        return None if self._routed and not self.facts.loaded else await count(ask, prompt)
+
+
+def facts_of(props: Mapping[str, Any], entry: Mapping[str, Any]) -> Facts:
+    """What ``/props`` and the model's entry in the list tell."""
+    defaults, modalities, meta = props.get("default_generation_settings"), props.get("modalities"), entry.get("meta")
+    return Facts(
+        window=positive(defaults.get("n_ctx")) if isinstance(defaults, Mapping) else None,  # of one slot
+        largest_window=positive(meta.get("n_ctx_train")) if isinstance(meta, Mapping) else None,
+        quantization=str(props.get("model_ftype") or (meta.get("ftype") if isinstance(meta, Mapping) else "") or ""),
+        slots=positive(props.get("total_slots")),
+        images=bool(modalities.get("vision")) if isinstance(modalities, Mapping) else None,
+        loaded=not props.get("is_sleeping", False),
+        version=str(props.get("build_info") or ""),
+    )
+
+
+def work_of(slots: list[Mapping[str, Any]]) -> Work:
+    """What ``/slots`` tells."""
+    busy = [slot for slot in slots if slot.get("is_processing")]
+    # The counts are in builds from b9276 on; next_token is an object in some builds and a list in others.
+    marker = tuple(
+        f"{slot.get('id_task')} {slot.get('n_prompt_tokens_processed')} {slot.get('next_token')}" for slot in busy
+    )
+    return Work(bool(busy), marker, "prefill or decode")
+
+
+async def count(ask: Ask, prompt: Mapping[str, Any], at: str = "") -> Optional[int]:
+    """Tokens of a chat; ``at`` is the path of the server below the one that is asked."""
+    answer = await ask.json(f"{at}/v1/chat/completions/input_tokens", prompt)
+    if answer is not None:
+        return positive(answer.get("input_tokens"))
+    # Builds before b9540.
+    text = (await ask.json(f"{at}/apply-template", prompt) or {}).get("prompt")
+    if not isinstance(text, str):
+        return None
+    question = {"model": prompt.get("model"), "content": text, "add_special": True}
+    tokens = (await ask.json(f"{at}/tokenize", question) or {}).get("tokens")
+    return len(tokens) if isinstance(tokens, list) else None
+
+
+def _routed(path: str, model: str) -> str:
+    return f"{path}?model={quote(model, safe='')}&autoload=false"
+
+
+def _entry(models: Any, model: str) -> Mapping[str, Any]:
+    """The model's entry in the list; the only one where the server takes any name."""
+    listed = entries(models, "data")
+    named = [entry for entry in listed if model in (entry.get("id"), *(entry.get("aliases") or ()))]
+    return next(iter(named or (listed if len(listed) == 1 else [])), {})
+
+
+def _status(entry: Mapping[str, Any]) -> Any:
+    status = entry.get("status")
+    return status.get("value") if isinstance(status, Mapping) else None

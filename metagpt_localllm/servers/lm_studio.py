@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, entries, positive
+from metagpt_localllm.servers.base import Ask, Facts, Server, Work, entries, positive
 
 __all__ = ["LMStudio"]
 
@@ -13,6 +13,11 @@ class LMStudio(Server):
     """Its OpenAI API tells little; ``/api/v1`` (from 0.4.0) and ``/api/v0`` tell what is loaded."""
 
     name: ClassVar[str] = "lmstudio"
+    watchable: ClassVar[bool] = True
+
+    def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
+        super().__init__(facts)
+        self._model = model
 
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
@@ -20,11 +25,8 @@ class LMStudio(Server):
 
     @classmethod
     async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
-        for path in ("/api/v1/models", "/api/v0/models"):
-            listing = await ask.json(path)
-            if listing is not None:
-                return cls(_facts(listing, model))
-        return None
+        listing = await _listing(ask)
+        return cls(_facts(listing, model), model) if listing is not None else None
 
     @property
     def places(self) -> int:
@@ -35,6 +37,31 @@ class LMStudio(Server):
     def settled(self) -> bool:
         # A model that is loaded on demand has no window yet.
         return self.facts.window is not None
+
+    async def work(self, ask: Ask) -> Optional[Work]:
+        """Only that the model is loaded now, once; of a request it tells nothing."""
+        listing = None if self.facts.loaded else await _listing(ask)
+        if listing is None:
+            return None
+        loaded = bool(_facts(listing, self._model).loaded)
+        return Work(True, loaded, "the model is loaded" if loaded else "loading the model")
+
+    async def load(self, ask: Ask, model: str) -> None:
+        """The shortest chat, which loads the model on demand.
+
+        Not ``/api/v1/models/load``: what that loads is neither unloaded when idle nor evicted for another model.
+        """
+        if self.facts.loaded is False:
+            messages = [{"role": "user", "content": "."}]
+            await ask.json("./chat/completions", {"model": model, "messages": messages, "max_tokens": 1})
+
+
+async def _listing(ask: Ask) -> Optional[Mapping[str, Any]]:
+    for path in ("/api/v1/models", "/api/v0/models"):
+        listing = await ask.json(path)
+        if listing is not None:
+            return listing
+    return None
 
 
 def _facts(listing: Mapping[str, Any], model: str) -> Facts:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, entries, positive
+import anyio
+
+from metagpt_localllm.servers.base import Ask, Facts, Server, Work, entries, positive
 
 __all__ = ["Ollama"]
+
+#: Seconds for ``/api/show``, which reads the model's file.
+_SHOW_LIMIT = 0.4
+#: How long the model stays loaded until the chat comes.
+_KEEP = "10m"
 
 
 class Ollama(Server):
     """Its OpenAI API is silent until the first token; its own API tells what is loaded."""
 
     name: ClassVar[str] = "ollama"
+    watchable: ClassVar[bool] = True
+
+    def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
+        super().__init__(facts)
+        self._model = model
 
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
@@ -23,22 +35,54 @@ class Ollama(Server):
         version = await ask.json("/api/version")
         if version is None or "version" not in version:
             return None
-        names = {model, f"{model}:latest"}
-        for entry in entries(await ask.json("/api/ps"), "models"):
-            if names & {entry.get("name"), entry.get("model")}:
-                details, size = entry.get("details"), positive(entry.get("size"))
-                in_vram = entry.get("size_vram")
-                return cls(
-                    Facts(
-                        window=positive(entry.get("context_length")),
-                        quantization=str(details.get("quantization_level") or "") if isinstance(details, Mapping) else "",
-                        gpu_share=min(in_vram / size, 1.0) if size and isinstance(in_vram, (int, float)) else None,
-                        loaded=True,
-                        version=str(version["version"]),
-                    )
-                )
-        return cls(Facts(loaded=False, version=str(version["version"])))
+        entry = await _running(ask, model)
+        shown: Mapping[str, Any] = {}
+        with anyio.move_on_after(_SHOW_LIMIT):
+            shown = await ask.json("/api/show", {"model": model}) or {}
+        window = positive(entry.get("context_length"))
+        details, size, in_vram = entry.get("details"), positive(entry.get("size")), entry.get("size_vram")
+        if not isinstance(details, Mapping):
+            details = shown.get("details")
+        info, capabilities = shown.get("model_info"), shown.get("capabilities")
+        trained = info.get(f"{info.get('general.architecture')}.context_length") if isinstance(info, Mapping) else None
+        return cls(
+            Facts(
+                window=window,
+                largest_window=positive(trained),
+                quantization=str(details.get("quantization_level") or "") if isinstance(details, Mapping) else "",
+                gpu_share=min(in_vram / size, 1.0) if window and size and isinstance(in_vram, (int, float)) else None,
+                images="vision" in capabilities if isinstance(capabilities, list) else None,
+                # A model that is being loaded is in the list too, without its window.
+                loaded=window is not None,
+                version=str(version["version"]),
+            ),
+            model,
+        )
 
     @property
     def settled(self) -> bool:
         return bool(self.facts.loaded)
+
+    async def work(self, ask: Ask) -> Optional[Work]:
+        """While a model loads, its ``expires_at`` is reckoned from the moment of each look, so it moves; later it stands.
+
+        (server/routes.go, PsHandler.) It never tells whether a model that is loaded works.
+        """
+        entry = await _running(ask, self._model)
+        return (
+            Work(True, str(entry.get("expires_at")), "loading the model") if entry and not self.facts.loaded else None
+        )
+
+    async def load(self, ask: Ask, model: str) -> None:
+        """A client that leaves during the load aborts it, so this waits without a limit of its own."""
+        if not self.facts.loaded:
+            # Nothing else: another num_ctx or any other option would load the model once more. The chat that
+            # follows sets keep_alive to the server's own default again.
+            await ask.json("/api/generate", {"model": model, "keep_alive": _KEEP})
+
+
+async def _running(ask: Ask, model: str) -> Mapping[str, Any]:
+    """The model's entry in ``/api/ps``; empty where it is not there."""
+    names = {model, f"{model}:latest"}
+    listed = entries(await ask.json("/api/ps"), "models")
+    return next((entry for entry in listed if names & {entry.get("name"), entry.get("model")}), {})

@@ -1,12 +1,12 @@
-"""vLLM (0.32 and its source)."""
+"""vLLM (0.32 and its source), and the servers that share its API as far as they do: SGLang, TabbyAPI (their sources)."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, entries, positive
+from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, entries, positive
 
-__all__ = ["VLLM"]
+__all__ = ["VLLM", "SGLang", "TabbyAPI"]
 
 
 class VLLM(Server):
@@ -14,19 +14,50 @@ class VLLM(Server):
 
     name: ClassVar[str] = "vllm"
     counts: ClassVar[bool] = True
+    #: ``owned_by`` in its list of models.
+    owner: ClassVar[str] = "vllm"
 
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
-        return any(entry.get("owned_by") == "vllm" for entry in entries(models, "data"))
+        return any(entry.get("owned_by") == cls.owner for entry in entries(models, "data"))
 
     @classmethod
     async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
-        models = await ask.json("./models")
+        models = await ask.models()
         if models is None or not cls.recognizes(models):
             return None
         served = entries(models, "data")
         same = [entry for entry in served if entry.get("id") == model] or served
-        return cls(Facts(window=positive(same[0].get("max_model_len")), loaded=True))
+        return cls(cls._facts(same[0]))
+
+    @classmethod
+    def _facts(cls, entry: Mapping[str, Any]) -> Facts:
+        return Facts(window=positive(entry.get("max_model_len")), loaded=True)
+
+    def timings(self, totals: Mapping[str, Any]) -> Timings:
+        """``metrics`` comes with ``--enable-per-request-metrics`` only, cached tokens with ``--enable-prompt-tokens-details``."""
+        cached = super().timings(totals).cached_tokens
+        told = totals.get("metrics")
+        if not isinstance(told, Mapping):
+            return Timings(cached)
+
+        def milliseconds(key: str) -> Optional[float]:
+            value = told.get(key)
+            return float(value) if isinstance(value, (int, float)) and value >= 0 else None
+
+        first, queue, decode = (
+            milliseconds(f"{key}_ms") for key in ("time_to_first_token", "queue_time", "generation_time")
+        )
+        return Timings(
+            cached,
+            prefill=max(first - (queue or 0.0), 0.0) / 1000 if first is not None else None,
+            decode=decode / 1000 if decode is not None else None,
+        )
+
+    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """Without both flags it begins a new turn (measured); with them the answer has the new text only."""
+        messages = [*body["messages"], {"role": "assistant", "content": partial}]
+        return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
     @property
     def places(self) -> int:
@@ -34,3 +65,55 @@ class VLLM(Server):
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         return positive((await ask.json("/tokenize", prompt) or {}).get("count"))
+
+
+class SGLang(VLLM):
+    """Its ``/tokenize`` takes plain text only, without the chat template: no count."""
+
+    name: ClassVar[str] = "sglang"
+    counts: ClassVar[bool] = False
+    owner: ClassVar[str] = "sglang"
+
+    async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
+        return None
+
+
+class TabbyAPI(VLLM):
+    """ExLlama's server. Its ``/v1/token/encode`` leaves out what the template adds for the answer: no count."""
+
+    name: ClassVar[str] = "tabbyapi"
+    counts: ClassVar[bool] = False
+    owner: ClassVar[str] = "tabbyAPI"
+
+    @classmethod
+    async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
+        models = await ask.models()
+        if models is None or not cls.recognizes(models):
+            return None
+        # The list holds every model on the disk; this is the loaded one, whatever name a request gives.
+        return cls(cls._facts(await ask.json("./model") or {}))
+
+    @classmethod
+    def _facts(cls, entry: Mapping[str, Any]) -> Facts:
+        given, meta = entry.get("parameters"), entry.get("meta")
+        parameters: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+        trained: Mapping[str, Any] = meta if isinstance(meta, Mapping) else {}
+        vision = parameters.get("use_vision")
+        return Facts(
+            window=positive(parameters.get("max_seq_len")),
+            largest_window=positive(trained.get("n_ctx_train")),
+            slots=positive(parameters.get("max_batch_size")),
+            images=vision if isinstance(vision, bool) else None,
+            loaded=bool(entry),
+        )
+
+    @property
+    def settled(self) -> bool:
+        return bool(self.facts.loaded)
+
+    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """It appends ``response_prefix`` to the prompt after the template."""
+        return {**body, "response_prefix": partial}
+
+    async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
+        return None

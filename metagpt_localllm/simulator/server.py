@@ -1,8 +1,4 @@
-"""The server: HTTP on a real socket (h11 over asyncio), in the dialects of the servers people run.
-
-What each dialect does is as observed or read in the servers' code: llama.cpp b11549, Ollama 0.33,
-vLLM 0.32; LM Studio from its documentation.
-"""
+"""The server: HTTP on a real socket (h11 over asyncio), in the dialects of the servers people run."""
 
 from __future__ import annotations
 
@@ -20,14 +16,12 @@ import h11
 
 from metagpt_localllm.simulator import answers
 from metagpt_localllm.simulator.answers import Answer
+from metagpt_localllm.simulator.dialects import DIALECTS, DIALECTS_BY_NAME, Job, State, about, overflow, prompt_of
 from metagpt_localllm.simulator.faults import Fault, parse_fault
-from metagpt_localllm.simulator.machine import Machine, PrefixCache, Stats, render, seconds, tokenize
+from metagpt_localllm.simulator.machine import Machine, PrefixCache, Stats, seconds, tokenize
 
-__all__ = ["DIALECTS", "Simulator", "SimulatorThread", "serve"]
+__all__ = ["Simulator", "SimulatorThread", "serve"]
 
-#: The dialects, and whom each names as the owner of a model.
-_OWNERS = {"llama.cpp": "llamacpp", "ollama": "library", "lmstudio": "organization_owner", "vllm": "vllm", "plain": "someone"}
-DIALECTS = tuple(_OWNERS)
 _PING = 30.0
 _FOREVER = 1e9
 AnswerFunction = Callable[[Sequence[Mapping[str, Any]], Optional[Sequence[Mapping[str, Any]]]], Answer]
@@ -54,6 +48,7 @@ class Simulator:
     Attributes:
         stats: what it has done.
         requests: the bodies of all chat requests, in order.
+        paths: of all requests, in order, without the query.
         faults: the script; may be changed while it runs.
 
     Raises:
@@ -77,6 +72,7 @@ class Simulator:
             raise ValueError(f"there is no dialect '{dialect}'; known are {', '.join(DIALECTS)}")
         self.machine = machine or Machine()
         self.dialect, self.model, self.scale = dialect, model, scale
+        self.manner = DIALECTS_BY_NAME[dialect]
         self.faults = list(faults)
         self.stats = Stats()
         self.requests: list[dict[str, Any]] = []
@@ -89,6 +85,9 @@ class Simulator:
         self._slots = asyncio.Semaphore(self.machine.slots)
         self._cache = PrefixCache(self.machine.slots)
         self._loaded_at = 0.0
+        self._demanded = False
+        self._jobs: list[Job] = []
+        self._running: Optional[asyncio.Task[None]] = None
         self._restart: Optional[asyncio.Task[None]] = None
 
     @property
@@ -109,6 +108,7 @@ class Simulator:
         self._server = await asyncio.start_server(self._serve_connection, self._host, self._port, limit=1 << 20)
         self._port = self._server.sockets[0].getsockname()[1]
         self._loaded_at = time.monotonic() + self.machine.load_time / self.scale
+        self._demanded = not (self.manner.loads_on_demand and self.machine.load_time)
 
     async def go_down(self) -> None:
         """Stops as if killed: connections are cut, new ones refused. ``come_up`` starts it at the same port."""
@@ -157,7 +157,21 @@ class Simulator:
             await asyncio.sleep(simulated / self.scale)
 
     def _loading(self) -> bool:
-        return time.monotonic() < self._loaded_at
+        return not self._demanded or time.monotonic() < self._loaded_at
+
+    def _loaded(self) -> str:
+        return "no" if not self._demanded else "loading" if self._loading() else "yes"
+
+    def demand(self) -> None:
+        """The model loads from now on, unless it does already."""
+        if not self._demanded:
+            self._demanded = True
+            self._loaded_at = time.monotonic() + self.machine.load_time / self.scale
+
+    def abort_load(self) -> None:
+        """What was loaded of it is lost."""
+        if self.manner.aborts_load and self._loading():
+            self._demanded = False
 
     def _strike(self, text: str) -> Optional[Fault]:
         for fault in self.faults:
@@ -175,6 +189,7 @@ class _Exchange:
         self.reader, self.writer = reader, writer
         self.http = h11.Connection(h11.SERVER)
         self.body = b""
+        self.deaf = False  # whether this request goes on when its client has left
 
     async def run(self) -> None:
         while True:
@@ -215,16 +230,20 @@ class _Exchange:
         self, status: int, payload: Any, headers: Sequence[tuple[str, str]] = (), kind: str = "application/json"
     ) -> None:
         body = payload if isinstance(payload, bytes) else json.dumps(payload, ensure_ascii=False).encode()
-        everything = [("content-type", kind), ("content-length", str(len(body))), *headers]
+        everything = [("content-type", kind), ("content-length", str(len(body))), *self._software(), *headers]
         head = self.http.send(h11.Response(status_code=status, headers=everything))
         await self._send((head or b"") + (self.http.send(h11.Data(data=body)) or b""))
         await self._send(self.http.send(h11.EndOfMessage()))
 
     async def _start_stream(self) -> None:
-        await self._send(
-            self.http.send(h11.Response(status_code=200, headers=[("content-type", "text/event-stream"),
-                                                                  ("transfer-encoding", "chunked")]))
-        )  # fmt: skip
+        headers = [("content-type", "text/event-stream"), ("transfer-encoding", "chunked"), *self._software()]
+        await self._send(self.http.send(h11.Response(status_code=200, headers=headers)))
+
+    def _software(self) -> list[tuple[str, str]]:
+        return [("server", self.sim.manner.software)] if self.sim.manner.software else []
+
+    async def _comment(self, text: str) -> None:
+        await self._send(self.http.send(h11.Data(data=f": {text}\n\n".encode())))
 
     async def _event(self, payload: Any) -> None:
         data = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False)
@@ -246,6 +265,9 @@ class _Exchange:
         """Time passes, unless the client goes away meanwhile."""
         if simulated <= 0:
             return
+        if self.deaf:
+            await asyncio.sleep(simulated / self.sim.scale)
+            return
         try:
             data = await asyncio.wait_for(self.reader.read(65536), simulated / self.sim.scale)
         except asyncio.TimeoutError:
@@ -258,7 +280,8 @@ class _Exchange:
 
     async def _route(self, request: h11.Request) -> None:
         sim = self.sim
-        path = request.target.decode().split("?")[0]
+        target = request.target.decode()
+        path = target.split("?")[0]
         sim.paths.append(path)
         headers = {name.decode().lower(): value.decode() for name, value in request.headers}
         if sim._api_key and path != "/health" and headers.get("authorization") != f"Bearer {sim._api_key}":
@@ -267,54 +290,39 @@ class _Exchange:
         if path in ("/v1/chat/completions", "/chat/completions"):
             await self._chat()
             return
-        if sim.dialect == "llama.cpp" and sim._loading():
+        if not sim.manner.answers_while_loading and sim._loading():
             await self._reply(503, _LOADING)
             return
-        answer = self._about(path)
-        await (self._reply(404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}})
-               if answer is None else self._reply(200, answer))  # fmt: skip
+        if path == "/api/generate" and sim.dialect == "ollama":
+            await self._preload()
+            return
+        answer = about(sim.manner, target, self._json(), State(sim.machine, sim.model, sim._loaded(), sim._jobs))
+        if answer is not None:
+            await self._interrupt()
+            await self._reply(200, answer)
+        else:
+            await self._reply(404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}})
 
-    def _about(self, path: str) -> Optional[Any]:
-        sim, machine = self.sim, self.sim.machine
-        if path in ("/v1/models", "/models"):
-            entry: dict[str, Any] = {"id": sim.model, "object": "model", "created": 0, "owned_by": _OWNERS[sim.dialect]}
-            if sim.dialect == "llama.cpp":
-                entry.update(meta={"n_ctx": machine.context, "n_ctx_train": 16384})
-            if sim.dialect == "vllm":
-                entry.update(max_model_len=machine.context, root=sim.model)
-            return {"object": "list", "data": [entry]}
-        if path in ("/health", "/v1/health") and sim.dialect in ("llama.cpp", "vllm"):
-            return {"status": "ok"}
-        body = self._json()
-        if sim.dialect == "llama.cpp":
-            if path == "/props":
-                return {
-                    "default_generation_settings": {"params": {}, "n_ctx": machine.context},
-                    "total_slots": machine.slots,
-                    "model_alias": sim.model,
-                    "modalities": {"vision": False, "audio": False},
-                    "build_info": "simulated",
-                }
-            if path == "/v1/chat/completions/input_tokens":
-                count = len(render(body.get("messages") or (), body.get("tools")))
-                return {"input_tokens": count, "object": "response.input_tokens"}
-            if path == "/tokenize":
-                return {"tokens": list(range(len(tokenize(str(body.get("content", ""))))))}
-        if sim.dialect == "vllm" and path == "/tokenize":
-            tokens = render(body.get("messages") or (), body.get("tools"))
-            return {"count": len(tokens), "max_model_len": machine.context, "tokens": list(range(len(tokens)))}
-        if sim.dialect == "vllm" and path == "/version":
-            return {"version": "0.32.0"}
-        if sim.dialect == "ollama":
-            if path == "/api/version":
-                return {"version": "0.33.0"}
-            if path == "/api/ps":
-                return {"models": [{"name": sim.model, "model": sim.model, "context_length": machine.context}]}
-        if sim.dialect == "lmstudio" and path == "/api/v1/models":
-            instance = {"id": sim.model, "config": {"context_length": machine.context, "parallel": machine.slots}}
-            return {"models": [{"type": "llm", "key": sim.model, "loaded_instances": [instance],
-                                "max_context_length": 16384, "capabilities": {"vision": False}}]}  # fmt: skip
-        return None
+    async def _preload(self) -> None:
+        """Ollama's request without a prompt."""
+        self.sim.demand()
+        await self._load()
+        await self._reply(200, {"model": self.sim.model, "response": "", "done": True, "done_reason": "load"})
+
+    async def _load(self) -> None:
+        """Waits for the model; a client that leaves meanwhile ends the load where the server is of that kind."""
+        try:
+            await self._work((self.sim._loaded_at - time.monotonic()) * self.sim.scale)
+        except (_ClientGone, ConnectionError):
+            self.sim.abort_load()
+            raise
+
+    async def _interrupt(self) -> None:
+        """What llama-cpp-python does to the stream that runs when anything else needs the model."""
+        running, task = self.sim._running, asyncio.current_task()
+        if self.sim.manner.interrupted and running is not None and running is not task:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     def _json(self) -> dict[str, Any]:
         try:
@@ -335,29 +343,42 @@ class _Exchange:
         fault = sim._strike("".join(str(message.get("content")) for message in messages))
         if await self._fail_at_once(fault):
             return
-        if sim._loading() and sim.dialect == "llama.cpp":
+        manner = sim.manner
+        if sim._loading() and not manner.answers_while_loading:
             await self._reply(503, _LOADING)
             return
-        prompt = render(messages, body.get("tools"))
+        unknown = manner.strict & set(body)
+        if unknown:
+            await self._reply(422, {"detail": f"Unexpected fields in the request: {unknown}"})
+            return
+        sim.demand()
+        prompt, partial = prompt_of(manner, body)
         wanted = body.get("max_tokens") or body.get("max_completion_tokens") or sim.machine.context
-        if sim.dialect != "ollama" and not (fault and fault.kind == "truncate"):
-            error = _overflow(sim.dialect, len(prompt), int(wanted), sim.machine.context)
+        if manner.too_long != "cut" and not (fault and fault.kind == "truncate"):
+            error = overflow(manner, len(prompt), int(wanted), sim.machine.context)
+            if error is not None and manner.too_long == "broken" and body.get("stream"):
+                await self._start_stream()
+                await self._end()
+                return
             if error is not None:
                 await self._reply(400, error)
                 return
         elif len(prompt) > sim.machine.context:
             half = sim.machine.context // 4
             prompt = prompt[:half] + prompt[-half:]
-        wait = sim._loaded_at - time.monotonic()
+        await self._interrupt()
+        self.deaf = manner.stops == "stream" and not body.get("stream")
         done = [0, 0]
         try:
-            await self._work(wait * sim.scale)
+            await self._load()
             async with self._slot():
-                await self._generate(body, prompt, fault, done)
+                await self._generate(body, prompt, partial, fault, done)
         except (_ClientGone, ConnectionError):
             stats.cancelled += 1
             stats.wasted_tokens += sum(done)
             raise
+        finally:
+            self.deaf = False
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -365,7 +386,11 @@ class _Exchange:
         while self.sim._slots.locked():
             await self._work(0.2 if self.sim.scale <= 1 else 0.2 * min(self.sim.scale, 10))
         async with self.sim._slots:
-            yield
+            self.sim._running = asyncio.current_task()
+            try:
+                yield
+            finally:
+                self.sim._running = None
 
     async def _fail_at_once(self, fault: Optional[Fault]) -> bool:
         """Faults that come before any work."""
@@ -401,19 +426,31 @@ class _Exchange:
             return False
         return True
 
-    async def _generate(self, body: Mapping[str, Any], prompt: list[str], fault: Optional[Fault], done: list[int]) -> None:
-        sim, machine, stats = self.sim, self.sim.machine, self.sim.stats
+    async def _generate(
+        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault], done: list[int]
+    ) -> None:
+        job = Job(self.sim.stats.requests, len(prompt))
+        self.sim._jobs.append(job)
+        try:
+            await self._answer(body, prompt, partial, fault, done, job)
+        finally:
+            self.sim._jobs.remove(job)
+
+    async def _answer(
+        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault],
+        done: list[int], job: Job,
+    ) -> None:  # fmt: skip
+        sim, machine, stats, manner = self.sim, self.sim.machine, self.sim.stats, self.sim.manner
         stream = bool(body.get("stream"))
         chunk = _chunker(sim.model)
-        # Ollama sends its headers with the first token only.
-        early = stream and sim.dialect != "ollama"
+        early = stream and manner.early
         if early:
             await self._start_stream()
         cached = sim._cache.shared(prompt) if machine.prefix_cache else 0
         stats.cached_tokens += cached
         begun = time.monotonic()
-        progress = early and sim.dialect == "llama.cpp" and body.get("return_progress")
-        position = cached
+        progress = early and manner.progress == "events" and body.get("return_progress")
+        position = job.processed = cached
         while position < len(prompt):
             if progress:
                 await self._event(_progress(chunk, cached, position, len(prompt)))
@@ -422,6 +459,9 @@ class _Exchange:
             position += size
             stats.prefill_tokens += size
             done[0] += size
+            job.processed = position
+            if early and manner.progress == "comments":
+                await self._comment(f"keepalive {position - cached}/{len(prompt) - cached}")
             sim._cache.hold(prompt[:position])
         if progress:
             await self._event(_progress(chunk, cached, len(prompt), len(prompt)))
@@ -429,7 +469,12 @@ class _Exchange:
 
         answer = sim._answer(body.get("messages") or [], body.get("tools"))
         reasoning = tokenize(answer.reasoning)
-        pieces = [*reasoning, *(tokenize(answer.tool_arguments) if answer.tool_name else tokenize(answer.text))]
+        text = answer.text
+        if partial is not None and text.startswith(partial):
+            text = text[len(partial) :]
+        else:
+            partial = None
+        pieces = [*reasoning, *(tokenize(answer.tool_arguments) if answer.tool_name else tokenize(text))]
         room = machine.context - len(prompt)
         limit = max(min(int(body.get("max_tokens") or room), room), 1)
         reason = "length" if len(pieces) > limit else "tool_calls" if answer.tool_name else "stop"
@@ -444,27 +489,32 @@ class _Exchange:
             await self._work(seconds(1, machine.decode_speed))
             stats.decode_tokens += 1
             done[1] += 1
+            job.decoded += 1
             if stream:
                 await self._event(chunk(_delta(number, piece, len(reasoning), answer.tool_name)))
         if fault is not None and fault.after >= len(pieces) and await self._fail_in_stream(fault, stream):
             stats.wasted_tokens += sum(done)
             return
         decode_ms = (time.monotonic() - begun) * 1000 * sim.scale - prefill_ms
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(pieces), "total_tokens": len(prompt) + len(pieces),
-                 "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip
+        usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": len(pieces),
+                                 "total_tokens": len(prompt) + len(pieces)}  # fmt: skip
+        if manner.cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
         timings = {"cache_n": cached, "prompt_n": len(prompt) - cached, "prompt_ms": prefill_ms,
                    "predicted_n": len(pieces), "predicted_ms": decode_ms}  # fmt: skip
         totals: dict[str, Any] = {} if fault is not None and fault.kind == "no_usage" else {"usage": usage}
-        if sim.dialect == "llama.cpp":
+        if manner.progress == "events":
             totals["timings"] = timings
         stats.completed += 1
         if not stream:
-            await self._reply(200, _whole(sim.model, answer, "".join(pieces), reason, totals))
+            front = partial if partial and manner.repeats else ""
+            await self._reply(200, _whole(sim.model, answer, front + "".join(pieces), reason, totals))
             return
-        await self._event(chunk({}, reason))
-        if (body.get("stream_options") or {}).get("include_usage") and "usage" in totals:
+        await self._event({**chunk({}, reason), **(totals if manner.usage == "always" else {})})
+        asked = manner.usage == "asked" and (body.get("stream_options") or {}).get("include_usage")
+        if asked and "usage" in totals:
             await self._event({**chunk(None), **totals})
-        if fault is None or fault.kind != "no_done":
+        if manner.done and (fault is None or fault.kind != "no_done"):
             await self._event("[DONE]")
         await self._end()
 
@@ -529,24 +579,6 @@ def _whole(model: str, answer: Answer, text: str, reason: str, totals: Mapping[s
     choice = {"index": 0, "message": message, "finish_reason": reason}
     return {"id": "chatcmpl-0", "object": "chat.completion", "created": int(time.time()), "model": model,
             "choices": [choice], **totals}  # fmt: skip
-
-
-def _overflow(dialect: str, prompt: int, wanted: int, context: int) -> Optional[dict[str, Any]]:
-    """The error body for a prompt that does not fit, in the words of each server."""
-    if dialect == "vllm" and prompt + wanted > context:
-        message = (
-            f"This model's maximum context length is {context} tokens. However, you requested {wanted} output tokens and "
-            f"your prompt contains {prompt} input tokens, for a total of {prompt + wanted} tokens."
-        )
-        return {"error": {"message": message, "type": "BadRequestError", "param": "input_tokens", "code": 400}}
-    if prompt < context:
-        return None
-    if dialect == "lmstudio":
-        return {"error": "The number of tokens to keep from the initial prompt is greater than the context length "
-                         f"(n_keep: {prompt}>= n_ctx: {context})."}  # fmt: skip
-    message = f"request ({prompt} tokens) exceeds the available context size ({context} tokens), try increasing it"
-    return {"error": {"code": 400, "message": message, "type": "exceed_context_size_error",
-                      "n_prompt_tokens": prompt, "n_ctx": context}}  # fmt: skip
 
 
 class SimulatorThread:

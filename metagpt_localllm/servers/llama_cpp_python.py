@@ -1,0 +1,36 @@
+"""llama-cpp-python's server, ``python -m llama_cpp.server`` (0.3.36 and its source)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Mapping, Optional
+
+from metagpt_localllm.servers.base import Ask, Facts, Server, entries
+
+__all__ = ["LlamaCppPython"]
+
+
+class LlamaCppPython(Server):
+    """Any second request that needs the model, even for the list of models or a count, ends the stream that runs.
+
+    (``interrupt_requests``, on by default.) So it is asked for its list of models once, and is never polled.
+    """
+
+    name: ClassVar[str] = "llama-cpp-python"
+    quiet: ClassVar[bool] = True
+    usual_window: ClassVar[Optional[int]] = 2048  # --n_ctx
+
+    def __init__(self, facts: Optional[Facts] = None) -> None:
+        super().__init__(facts or Facts(slots=1, loaded=True))
+
+    @classmethod
+    def recognizes(cls, models: Mapping[str, Any]) -> bool:
+        return any(entry.get("owned_by") == "me" and "permissions" in entry for entry in entries(models, "data"))
+
+    @classmethod
+    async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
+        models = await ask.models()
+        return cls() if models is not None and cls.recognizes(models) else None
+
+    def extras(self) -> Mapping[str, Any]:
+        # It takes stream_options and sends no usage all the same.
+        return {}

@@ -1,0 +1,35 @@
+"""mlx-lm's server, ``mlx_lm.server`` (0.32 and its source)."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar, Optional
+
+from metagpt_localllm.servers.base import Ask, Facts, Server
+
+__all__ = ["MLXLM"]
+
+_KEEPALIVE = re.compile(rb"\s*keepalive (\d+)/\d+\s*")
+
+
+class MLXLM(Server):
+    """It shows its prefill in comments, checks no context, and goes on to the end when nobody reads a whole answer."""
+
+    name: ClassVar[str] = "mlx-lm"
+    # It scans the cache of Hugging Face for its list, and gives an empty body where there is none.
+    lists: ClassVar[bool] = False
+
+    @classmethod
+    async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
+        # Nothing names it: it is the one that runs on Python's http.server.
+        if ask.software and not ask.software.startswith("BaseHTTP/"):
+            return None
+        health = await ask.json("/health")
+        if health is None or health.get("status") != "ok" or not ask.software.startswith("BaseHTTP/"):
+            return None
+        return cls(Facts(loaded=True))
+
+    def progress_of_comment(self, comment: bytes) -> Optional[int]:
+        """``keepalive 9/10``: of the tokens that were not in its prefix cache."""
+        found = _KEEPALIVE.fullmatch(comment)
+        return int(found.group(1)) if found else None

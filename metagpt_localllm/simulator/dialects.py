@@ -1,0 +1,306 @@
+"""What tells the servers that people run apart: what each answers beside the chat, and how each chats.
+
+As observed or read in the servers' code: llama.cpp b11549, Ollama 0.33, vLLM 0.32, llama-cpp-python 0.3.36, mlx-lm
+0.32, transformers 5.23, and SGLang, TabbyAPI and llama-swap (source only); LM Studio from its documentation.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional, Sequence
+from urllib.parse import parse_qs, unquote
+
+from metagpt_localllm.simulator.machine import Machine, render, tokenize
+
+__all__ = ["DIALECTS", "DIALECTS_BY_NAME", "Dialect", "Job", "State", "about", "overflow", "prompt_of"]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One kind of server.
+
+    Attributes:
+        name: of it.
+        owner: ``owned_by`` in the list of models.
+        software: the ``server`` header.
+        early: whether the headers of a stream come before its first token.
+        done: whether a stream ends with ``[DONE]``.
+        usage: in a stream: "asked" for with stream_options, "always" (with the finish_reason), or "never".
+        cached: whether usage tells the tokens that came from the prefix cache.
+        progress: how the prefill shows: "events", "comments", or "".
+        continues: an assistant's message at the end: "always" continued, only when "asked", by a "prefix" beside the
+            messages, or never ("").
+        repeats: whether a continued answer has the beginning in front again where it is not streamed.
+        too_long: a prompt over the context: "refused", with max_tokens ("sum") perhaps; "cut" silently; "broken", a 200
+            without a word, in a stream; or not even checked ("").
+        strict: fields that it refuses with 422.
+        interrupted: whether a second request for the model ends the stream that runs.
+        stops: whether a client that leaves stops the work: "both", or only a "stream".
+        loads_on_demand: whether the first request for the model loads it.
+        aborts_load: whether the load ends when that client leaves.
+        answers_while_loading: whether a chat during the load waits; else it is refused with 503.
+    """
+
+    name: str
+    owner: Optional[str] = None
+    software: str = ""
+    early: bool = True
+    done: bool = True
+    usage: str = "asked"
+    cached: bool = True
+    progress: str = ""
+    continues: str = ""
+    repeats: bool = False
+    too_long: str = "refused"
+    strict: frozenset[str] = frozenset()
+    interrupted: bool = False
+    stops: str = "both"
+    loads_on_demand: bool = False
+    aborts_load: bool = False
+    answers_while_loading: bool = True
+
+
+_LLAMA_CPP: dict[str, Any] = {
+    "software": "llama.cpp", "progress": "events", "continues": "always", "repeats": True,
+}  # fmt: skip
+_VLLM: dict[str, Any] = {"software": "uvicorn", "too_long": "sum", "continues": "asked", "cached": False}
+
+DIALECTS_BY_NAME: Mapping[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect("llama.cpp", "llamacpp", answers_while_loading=False, **_LLAMA_CPP),
+        Dialect("llama.cpp-router", "llamacpp", loads_on_demand=True, **_LLAMA_CPP),
+        Dialect("llama-swap", "llama-swap", loads_on_demand=True, **_LLAMA_CPP),
+        Dialect("ollama", "library", early=False, cached=False, too_long="cut", loads_on_demand=True, aborts_load=True),
+        Dialect("lmstudio", "organization_owner", loads_on_demand=True),
+        Dialect("vllm", "vllm", **_VLLM),
+        Dialect("sglang", "sglang", **_VLLM),
+        Dialect("tabbyapi", "tabbyAPI", **{**_VLLM, "continues": "prefix"}),
+        Dialect(
+            "llama-cpp-python", "me", "uvicorn", usage="never", cached=False, too_long="broken", interrupted=True,
+            stops="stream",
+        ),  # fmt: skip
+        Dialect("mlx-lm", None, "BaseHTTP/0.6 Python/3.11.7", progress="comments", too_long="", stops="stream"),
+        Dialect(
+            "transformers", None, "uvicorn", done=False, usage="always", cached=False, too_long="", stops="stream",
+            strict=frozenset({"return_progress", "continue_final_message", "add_generation_prompt", "cache_prompt",
+                              "timings_per_token", "num_ctx", "keep_alive", "options", "response_prefix"}),
+        ),  # fmt: skip
+        Dialect("plain", "someone"),
+    )
+}
+#: The names of the dialects.
+DIALECTS = tuple(DIALECTS_BY_NAME)
+
+
+@dataclass
+class Job:
+    """One request that is worked on: what of it is done, in tokens."""
+
+    number: int
+    prompt: int
+    processed: int = 0
+    decoded: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """What the server knows of itself when it is asked.
+
+    Attributes:
+        machine: that it runs on.
+        model: its model.
+        loaded: "no", "loading" or "yes".
+        jobs: in its slots.
+    """
+
+    machine: Machine
+    model: str
+    loaded: str
+    jobs: Sequence[Job]
+
+
+def about(dialect: Dialect, target: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
+    """The answer to a question beside the chat; None where there is none of that path."""
+    path, _, query = target.partition("?")
+    if path in ("/v1/models", "/models"):
+        return _models(dialect, state)
+    if dialect.name == "llama.cpp":
+        return _llama_cpp(path, body, state)
+    if dialect.name == "llama.cpp-router":
+        return _router(path, parse_qs(query), body, state)
+    if dialect.name == "llama-swap":
+        return _llama_swap(unquote(path), body, state)
+    answer = {
+        "ollama": _ollama,
+        "lmstudio": _lm_studio,
+        "vllm": _vllm,
+        "sglang": _vllm,
+        "tabbyapi": _tabby,
+        "mlx-lm": _health,
+        "transformers": _transformers,
+    }.get(dialect.name)
+    return answer(path, body, state) if answer is not None else None
+
+
+def _models(dialect: Dialect, state: State) -> Any:
+    entry: dict[str, Any] = {"id": state.model, "object": "model", "created": 0}
+    if dialect.owner is not None:
+        entry["owned_by"] = dialect.owner
+    name, context = dialect.name, state.machine.context
+    if name == "llama.cpp":
+        entry.update(meta={"n_ctx": context, "n_ctx_train": 16384, "ftype": "Q4_K - Medium"})
+    elif name in ("llama.cpp-router", "llama-swap"):
+        entry.update(status={"value": {"yes": "loaded", "no": "unloaded"}.get(state.loaded, "loading")})
+    elif name in ("vllm", "sglang"):
+        entry.update(max_model_len=context, root=state.model)
+    elif name == "llama-cpp-python":
+        entry.update(permissions=[])
+    if name == "transformers":
+        return {"object": "list", "data": []}
+    return {"object": "list", "data": [entry]}
+
+
+def _health(path: str, _body: Mapping[str, Any], _state: State) -> Optional[Any]:
+    return {"status": "ok"} if path in ("/health", "/v1/health") else None
+
+
+def _llama_cpp(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
+    machine = state.machine
+    if path == "/props":
+        return {
+            "default_generation_settings": {"params": {}, "n_ctx": machine.context},
+            "total_slots": machine.slots,
+            "model_alias": state.model,
+            "model_ftype": "Q4_K - Medium",
+            "modalities": {"vision": False, "audio": False},
+            "build_info": "simulated",
+            "is_sleeping": False,
+        }
+    if path == "/slots":
+        slots: list[dict[str, Any]] = []
+        for number in range(machine.slots):
+            slot: dict[str, Any] = {"id": number, "n_ctx": machine.context, "is_processing": number < len(state.jobs)}
+            if number < len(state.jobs):
+                job = state.jobs[number]
+                slot.update(
+                    id_task=job.number, n_prompt_tokens=job.prompt, n_prompt_tokens_processed=job.processed,
+                    next_token=[{"has_next_token": True, "n_remain": -1, "n_decoded": job.decoded}],
+                )  # fmt: skip
+            slots.append(slot)
+        return slots
+    if path == "/v1/chat/completions/input_tokens":
+        return {"input_tokens": len(_rendered(body)), "object": "response.input_tokens"}
+    if path == "/tokenize":
+        return {"tokens": list(range(len(tokenize(str(body.get("content", ""))))))}
+    return _health(path, body, state)
+
+
+def _router(path: str, query: Mapping[str, list[str]], body: Mapping[str, Any], state: State) -> Optional[Any]:
+    named = body.get("model") or "".join(query.get("model", ()))
+    if path == "/props" and not named:
+        return {"role": "router", "model_path": "none", "default_generation_settings": {"params": None, "n_ctx": 0}}
+    if path == "/health":
+        return {"status": "ok"}
+    return _llama_cpp(path, body, state) if named == state.model and state.loaded == "yes" else None
+
+
+def _llama_swap(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
+    if path == "/running":
+        running = {"model": state.model, "state": "ready" if state.loaded == "yes" else "starting"}
+        return {"running": [running] if state.loaded != "no" else []}
+    below = f"/upstream/{state.model}"
+    return _llama_cpp(path[len(below) :], body, state) if path.startswith(below) and state.loaded == "yes" else None
+
+
+def _ollama(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
+    details = {"format": "gguf", "family": "llama", "parameter_size": "34B", "quantization_level": "Q4_K_M"}
+    if path == "/api/version":
+        return {"version": "0.33.0"}
+    if path == "/api/show" and body.get("model") == state.model:
+        info = {"general.architecture": "llama", "llama.context_length": 16384}
+        return {"details": details, "model_info": info, "capabilities": ["completion"]}
+    if path == "/api/ps":
+        entry: dict[str, Any] = {"name": state.model, "model": state.model, "details": details, "size": 20_000_000_000}
+        if state.loaded == "loading":
+            entry.update(size_vram=0, expires_at=f"{time.time() + 300:.6f}")
+        elif state.loaded == "yes":
+            entry.update(size_vram=10_000_000_000, expires_at="2026-01-01T00:00:00Z", context_length=state.machine.context)
+        return {"models": [entry] if state.loaded != "no" else []}
+    return None
+
+
+def _lm_studio(path: str, _body: Mapping[str, Any], state: State) -> Optional[Any]:
+    if path != "/api/v1/models":
+        return None
+    config = {"context_length": state.machine.context, "parallel": state.machine.slots}
+    instances = [{"id": state.model, "config": config}] if state.loaded == "yes" else []
+    entry = {"type": "llm", "key": state.model, "loaded_instances": instances, "max_context_length": 16384,
+             "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "capabilities": {"vision": False}}  # fmt: skip
+    return {"models": [entry]}
+
+
+def _vllm(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
+    if path == "/tokenize":
+        tokens = _rendered(body)
+        return {"count": len(tokens), "max_model_len": state.machine.context, "tokens": list(range(len(tokens)))}
+    if path == "/version":
+        return {"version": "0.32.0"}
+    return _health(path, body, state)
+
+
+def _tabby(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
+    if path == "/v1/model":
+        parameters = {"max_seq_len": state.machine.context, "max_batch_size": state.machine.slots, "use_vision": False}
+        return {"id": state.model, "owned_by": "tabbyAPI", "parameters": parameters, "meta": {"n_ctx_train": 16384}}
+    return _health(path, body, state)
+
+
+def _transformers(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
+    if path == "/openapi.json":
+        paths = ("/v1/chat/completions", "/load_model", "/reset", "/v1/models", "/health")
+        return {"openapi": "3.1.0", "info": {"title": "FastAPI", "version": "0.1.0"}, "paths": {p: {} for p in paths}}
+    return _health(path, body, state)
+
+
+def _rendered(body: Mapping[str, Any]) -> list[str]:
+    return render(body.get("messages") or (), body.get("tools"))
+
+
+def prompt_of(dialect: Dialect, body: Mapping[str, Any]) -> tuple[list[str], Optional[str]]:
+    """The tokens of the prompt, and the beginning of the answer that is to be continued."""
+    messages: list[Mapping[str, Any]] = body.get("messages") or []
+    partial: Optional[str] = None
+    if dialect.continues == "prefix":
+        given = body.get("response_prefix")
+        partial = str(given) if given else None
+    elif dialect.continues and messages and messages[-1].get("role") == "assistant":
+        if dialect.continues == "always" or body.get("continue_final_message"):
+            partial, messages = str(messages[-1].get("content") or ""), messages[:-1]
+    return render(messages, body.get("tools")) + (tokenize(partial) if partial else []), partial
+
+
+def overflow(dialect: Dialect, prompt: int, wanted: int, context: int) -> Optional[dict[str, Any]]:
+    """The error body for a prompt that does not fit, in the words of each server."""
+    if dialect.too_long == "sum" and prompt + wanted > context:
+        message = (
+            f"This model's maximum context length is {context} tokens. However, you requested {wanted} output tokens and "
+            f"your prompt contains {prompt} input tokens, for a total of {prompt + wanted} tokens."
+        )
+        return {"error": {"message": message, "type": "BadRequestError", "param": "input_tokens", "code": 400}}
+    if prompt < context or not dialect.too_long:
+        return None
+    if dialect.too_long == "broken":
+        message = (
+            f"This model's maximum context length is {context} tokens. However, you requested {prompt + wanted} tokens "
+            f"({prompt} in the messages, {wanted} in the completion)."
+        )
+        return {"error": {"message": message, "type": "invalid_request_error", "param": "messages",
+                          "code": "context_length_exceeded"}}  # fmt: skip
+    if dialect.name == "lmstudio":
+        return {"error": "The number of tokens to keep from the initial prompt is greater than the context length "
+                         f"(n_keep: {prompt}>= n_ctx: {context})."}  # fmt: skip
+    message = f"request ({prompt} tokens) exceeds the available context size ({context} tokens), try increasing it"
+    return {"error": {"code": 400, "message": message, "type": "exceed_context_size_error",
+                      "n_prompt_tokens": prompt, "n_ctx": context}}  # fmt: skip

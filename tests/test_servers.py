@@ -1,0 +1,320 @@
+"""Each kind of server against its dialect of the simulator: one contract for all, and the traps of each."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from conftest import RawServer, chunk
+from contract import (
+    CHECKS,
+    Promise,
+    body_for,
+    endpoint_of,
+    identified,
+    post,
+    read_stream,
+    shows_its_work_or_is_left_alone,
+)
+
+from metagpt_localllm import servers
+from metagpt_localllm.call import complete
+from metagpt_localllm.servers import KINDS
+from metagpt_localllm.servers.base import Ask
+from metagpt_localllm.simulator import DIALECTS, Answer, Machine
+
+LLAMA_CPP = {"window": 4096, "slots": 1, "images": False, "loaded": True, "quantization": "Q4_K - Medium"}
+SHOWS_ALL = {"counts": True, "progress": True, "cached": True, "clock": True, "work": True, "continues": "repeats"}
+PROMISES = {
+    "llama.cpp": Promise("llama.cpp", {**LLAMA_CPP, "largest_window": 16384}, **SHOWS_ALL),
+    "llama.cpp-router": Promise("llama.cpp", LLAMA_CPP, **SHOWS_ALL),
+    "llama-swap": Promise("llama-swap", LLAMA_CPP, **SHOWS_ALL),
+    "ollama": Promise(
+        "ollama",
+        {"window": 4096, "largest_window": 16384, "quantization": "Q4_K_M", "gpu_share": 0.5, "images": False,
+         "loaded": True, "version": "0.33.0", "slots": None},
+    ),
+    "lmstudio": Promise(
+        "lmstudio",
+        {"window": 4096, "largest_window": 16384, "quantization": "Q4_K_M", "slots": 1, "images": False, "loaded": True},
+        cached=True,
+    ),
+    "vllm": Promise("vllm", {"window": 4096, "loaded": True, "slots": None}, counts=True, continues="new"),
+    "sglang": Promise("sglang", {"window": 4096, "loaded": True}, continues="new"),
+    "tabbyapi": Promise(
+        "tabbyapi", {"window": 4096, "largest_window": 16384, "slots": 1, "images": False, "loaded": True}, continues="new"
+    ),
+    "llama-cpp-python": Promise("llama-cpp-python", {"window": None, "slots": 1, "loaded": True}, usage=False),
+    "mlx-lm": Promise("mlx-lm", {"window": None, "loaded": True}, progress=True, cached=True),
+    "transformers": Promise("transformers", {"window": None, "loaded": None}),
+    "plain": Promise("plain", {"window": None}, cached=True),
+}  # fmt: skip
+FAST = Machine(prefill_speed=1e6, decode_speed=1e6, batch=64)
+SLOW = Machine(prefill_speed=1500, decode_speed=60, batch=64)
+
+
+def test_every_kind_has_a_dialect_and_every_dialect_a_promise():
+    assert set(PROMISES) == set(DIALECTS)
+    assert {promise.name for promise in PROMISES.values()} == {kind.name for kind in KINDS} | {"plain"}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_every_server_keeps_the_contract(simulator, dialect, check):
+    slow = check is shows_its_work_or_is_left_alone
+    async with simulator(dialect=dialect, machine=SLOW if slow else FAST, scale=1 if slow else 1000) as server:
+        await check(endpoint_of(server.base_url, server.model), PROMISES[dialect])
+        if dialect == "llama-cpp-python":
+            asked = [path for path in server.paths if not path.endswith("/chat/completions")]
+            assert asked in ([], ["/v1/models"]), "a second question would cut a stream"
+    for request in server.requests:
+        assert not {"num_ctx", "options", "keep_alive"} & set(request)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_real_llama_cpp_keeps_the_contract(llama_cpp, check):
+    facts = {"window": 2048, "largest_window": 16384, "loaded": True, "images": False}
+    more = {"max_tokens": 1200} if check is shows_its_work_or_is_left_alone else {}
+    await check(endpoint_of(llama_cpp, "tiny"), Promise("llama.cpp", facts, **SHOWS_ALL), **more)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_every_server_answers_at_the_first_request(simulator, ask, dialect):
+    async with simulator(dialect=dialect) as server:
+        await complete(ask(server))
+    assert len(server.requests) == 1
+    assert ("stream_options" in server.requests[0]) == (dialect not in ("llama-cpp-python", "transformers"))
+
+
+@pytest.mark.parametrize("name", ["auto", *(kind.name for kind in KINDS)])
+async def test_a_server_behind_a_proxy_that_knows_only_chats_answers_all_the_same(ask, name):
+    async with RawServer(chunk("hi") + chunk(finish="stop")) as proxy:
+        outcome = await complete(ask(proxy, settings={"server": name}))
+        server = await identified(ask(proxy).endpoint)
+    assert outcome.text == "hi"
+    assert server.name == ("llama-cpp-python" if name == "llama-cpp-python" else "plain")
+
+
+# ------------------------------------------------------------------------------------------ llama-cpp-python
+
+
+async def test_llama_cpp_python_is_found_by_one_question(simulator):
+    async with simulator(dialect="llama-cpp-python") as server:
+        await identified(endpoint_of(server.base_url, server.model))
+    assert server.paths == ["/v1/models"]
+
+
+async def test_llama_cpp_python_is_never_asked_anything_when_the_user_names_it(simulator, ask):
+    async with simulator(dialect="llama-cpp-python") as server:
+        await complete(ask(server, settings={"server": "llama-cpp-python"}))
+    assert server.paths == ["/v1/chat/completions"]
+
+
+async def test_llama_cpp_python_is_not_asked_again_while_an_answer_may_run(simulator):
+    async with simulator(dialect="llama-cpp-python") as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        await identified(endpoint)
+        servers.forget(endpoint)
+        await identified(endpoint)
+        await identified(endpoint_of(server.base_url, "another"))
+        assert server.paths == ["/v1/models"]
+        servers.forget(endpoint, restarted=True)
+        await identified(endpoint)
+        assert server.paths == ["/v1/models"] * 2
+
+
+async def test_llama_cpp_python_cuts_its_stream_for_any_second_request(simulator):
+    async with simulator(dialect="llama-cpp-python", machine=SLOW, scale=1) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        stream = asyncio.ensure_future(read_stream(endpoint, body_for(endpoint, max_tokens=500)))
+        await asyncio.sleep(0.3)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await client.get(server.base_url + "/models")
+        with pytest.raises(httpx.RemoteProtocolError):
+            await stream
+
+
+async def test_a_prompt_over_the_usual_window_of_llama_cpp_python_is_trimmed_before_it_is_sent(simulator, ask):
+    chat = [{"role": "user", "content": f"question {n}: " + "the cat is on the mat; " * 40} for n in range(20)]
+    async with simulator(dialect="llama-cpp-python", machine=Machine(1e6, 1e6, context=2048)) as server:
+        await complete(ask(server, chat))
+    assert len(server.requests) == 1 and len(server.requests[0]["messages"]) < 20
+
+
+# ------------------------------------------------------------------------------------------ transformers
+
+
+async def test_transformers_refuses_fields_it_does_not_know(simulator):
+    async with simulator(dialect="transformers") as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            response = await client.post(endpoint.chat_url, json=body_for(endpoint, return_progress=True))
+    assert response.status_code == 422
+
+
+async def test_transformers_is_found_even_when_it_cannot_list_its_models():
+    described = {"paths": {"/load_model": {}}}
+    async with _Picky({"/v1/models": 500, "/openapi.json": described}, "uvicorn") as server:
+        found = await identified(endpoint_of(server.base_url, "m"))
+    assert found.name == "transformers" and dict(found.extras()) == {}
+
+
+async def test_mlx_lm_is_found_by_its_software_even_when_its_list_is_empty():
+    async with _Picky({"/v1/models": b"", "/health": {"status": "ok"}}, "BaseHTTP/0.6 Python/3.11.7") as server:
+        assert (await identified(endpoint_of(server.base_url, "m"))).name == "mlx-lm"
+    async with _Picky({"/v1/models": b"", "/health": {"status": "ok"}}, "nginx") as server:
+        assert (await identified(endpoint_of(server.base_url, "m"))).name == "plain"
+
+
+@pytest.mark.parametrize("comment, processed", [(b" keepalive 9/10", 9), (b"keepalive 0/3", 0), (b" keep-alive", None),
+                                                (b" ping - 2026-01-01", None), (b"", None)])  # fmt: skip
+def test_only_mlx_lms_own_comments_are_progress(comment, processed):
+    kind = servers.kind_named("mlx-lm")
+    assert kind().progress_of_comment(comment) == processed
+    assert servers.kind_named("plain")().progress_of_comment(comment) is None
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "lmstudio"])
+async def test_a_model_is_loaded_before_it_is_asked(simulator, dialect):
+    machine = Machine(1e6, 1e6, load_time=0.5)
+    async with simulator(dialect=dialect, machine=machine, scale=1) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        first = await identified(endpoint)
+        assert first.facts.loaded is False and first.facts.window is None
+        await first.load(Ask(endpoint), server.model)
+        second = await identified(endpoint)
+        assert second.facts.loaded is True and second.facts.window == 4096
+        before = list(server.paths)
+        await second.load(Ask(endpoint), server.model)
+        assert server.paths == before, "it is loaded already"
+
+
+async def test_ollama_loses_the_load_when_the_client_leaves_during_it(simulator):
+    async with simulator(dialect="ollama", machine=Machine(1e6, 1e6, load_time=1), scale=1) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        for _ in range(3):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(post(endpoint, body_for(endpoint)), 0.4)
+        await asyncio.sleep(0.1)
+        assert (await identified(endpoint)).facts.loaded is False
+        await (await identified(endpoint)).load(Ask(endpoint), server.model)
+        await asyncio.wait_for(post(endpoint, body_for(endpoint)), 0.4)
+
+
+async def test_ollama_is_asked_to_load_with_nothing_that_would_load_it_again(simulator, monkeypatch):
+    asked = []
+    async with simulator(dialect="ollama", machine=Machine(1e6, 1e6, load_time=0.1), scale=1) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        found = await identified(endpoint)
+        plain = Ask.json
+
+        async def spy(self, path, body=None):
+            asked.append((path, body))
+            return await plain(self, path, body)
+
+        monkeypatch.setattr(Ask, "json", spy)
+        await found.load(Ask(endpoint), server.model)
+    [(path, body)] = asked
+    assert path == "/api/generate" and set(body) == {"model", "keep_alive"}
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "llama-swap", "llama.cpp-router", "lmstudio"])
+async def test_a_model_that_is_being_loaded_counts_as_work(simulator, dialect):
+    async with simulator(dialect=dialect, machine=Machine(1e6, 1e6, load_time=0.6), scale=1) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        found = await identified(endpoint)
+        assert found.facts.loaded is False
+        chat = asyncio.ensure_future(post(endpoint, body_for(endpoint)))
+        await asyncio.sleep(0.2)
+        looks = [await found.work(Ask(endpoint))]
+        await asyncio.sleep(0.1)
+        looks.append(await found.work(Ask(endpoint)))
+        await chat
+    assert all(look.busy and look.what == "loading the model" for look in looks)
+    if dialect == "ollama":
+        assert looks[0].marker != looks[1].marker
+
+
+@pytest.mark.parametrize("dialect", ["llama-swap", "llama.cpp-router"])
+async def test_nothing_is_asked_of_a_model_that_another_would_have_to_leave_for(simulator, dialect):
+    async with simulator(dialect=dialect, machine=Machine(1e6, 1e6, load_time=0.2), scale=1) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        found = await identified(endpoint)
+        await servers.count_tokens(found, endpoint, body_for(endpoint))
+        await found.work(Ask(endpoint))
+        assert not any(path.startswith("/upstream") or path.endswith("input_tokens") for path in server.paths)
+        await post(endpoint, body_for(endpoint))
+        assert (await identified(endpoint)).facts.window == 4096, "it is asked again until it is loaded"
+
+
+async def test_llama_swap_in_front_of_another_server_promises_nothing():
+    models = {"data": [{"id": "real", "owned_by": "llama-swap", "meta": {"llamaswap": {"aliases": ["nick"]}}}]}
+    about = {"/v1/models": models, "/running": {"running": [{"model": "real", "state": "ready"}]}}
+    async with _Picky(about) as server:
+        found = await identified(endpoint_of(server.base_url, "nick"))
+        assert "return_progress" not in found.extras() and found.facts.loaded
+        assert await found.work(Ask(endpoint_of(server.base_url, "nick"))) is None
+        assert found.continuation(body_for(endpoint_of(server.base_url, "nick")), "x") is None
+
+
+# ------------------------------------------------------------------------------------------ the rest
+
+
+@pytest.mark.parametrize("dialect, gone_on", [("llama.cpp", False), ("mlx-lm", True), ("transformers", True),
+                                              ("llama-cpp-python", True), ("vllm", False)])  # fmt: skip
+async def test_some_servers_go_on_when_nobody_waits_for_a_whole_answer(simulator, dialect, gone_on):
+    machine = Machine(1e6, 100)
+    async with simulator(
+        dialect=dialect, machine=machine, scale=1, answer=lambda m, t: Answer(text="a " * 20)
+    ) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(post(endpoint, body_for(endpoint, max_tokens=500)), 0.1)
+        await asyncio.sleep(0.5)
+    assert (server.stats.decode_tokens >= 20) == gone_on
+
+
+@pytest.mark.parametrize("dialect", ["mlx-lm", "transformers"])
+async def test_some_servers_check_no_context(simulator, dialect):
+    async with simulator(dialect=dialect, machine=Machine(1e6, 1e6, context=100)) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        usage = (await post(endpoint, body_for(endpoint, "word " * 300)))["usage"]
+    assert usage["prompt_tokens"] > 100
+
+
+@pytest.mark.parametrize("metrics, prefill, decode", [
+    ({"time_to_first_token_ms": 900.0, "queue_time_ms": 400.0, "generation_time_ms": 2000.0}, 0.5, 2.0),
+    ({"time_to_first_token_ms": 900.0}, 0.9, None),
+    ("odd", None, None),
+])  # fmt: skip
+def test_vllms_metrics_are_read_where_they_are_on(metrics, prefill, decode):
+    timings = servers.kind_named("vllm")().timings({"metrics": metrics})
+    assert (timings.prefill, timings.decode) == (prefill, decode)
+
+
+async def test_an_old_llama_cpp_counts_through_its_template():
+    async with _Picky({"/apply-template": {"prompt": "abc"}, "/tokenize": {"tokens": [1, 2, 3]}}) as server:
+        endpoint = endpoint_of(server.base_url, "m")
+        kind = servers.kind_named("llama.cpp")
+        assert await kind().count_tokens(Ask(endpoint), {"model": "m", "messages": []}) == 3
+
+
+class _Picky(RawServer):
+    """Answers what it is given with the ``server`` header given: JSON, bytes as they are, or a status."""
+
+    def __init__(self, about, software=""):
+        super().__init__(b"", about=about)
+        self.software = software
+
+    async def _about(self, writer, path):
+        found = self.about.get(path, 404)
+        status = f"{found} X" if isinstance(found, int) else "200 OK"
+        body = found if isinstance(found, bytes) else b"{}" if isinstance(found, int) else json.dumps(found).encode()
+        head = (
+            f"HTTP/1.1 {status}\r\nserver: {self.software}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        await writer.drain()
