@@ -9,7 +9,8 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = sys.argv[1]
 parameters.hostnames, parameters.port = ["127.0.0.1"], 0
 parameters.n_ctx, parameters.n_parallel = int(sys.argv[2]), 1
-parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 2
+# More would wait for each other by spinning, which takes minutes on a machine that is busy.
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
 parameters.endpoint_metrics = parameters.endpoint_props = True
 parameters.warmup = False
 server = xllamacpp.Server(parameters)

@@ -184,10 +184,10 @@ async def test_deadlines_come_down_to_what_the_server_has_shown_and_say_why(simu
     unsubscribe = events.subscribe(seen.append)
     machine = Machine(prefill_speed=40, decode_speed=10)
     try:
-        async with simulator(Fault("keepalive_only", on=9), machine=machine, scale=20) as server:
+        async with simulator(Fault("keepalive_only", on=9), dialect="plain", machine=machine, scale=20) as server:
             for number in range(8):
                 await complete(ask(server, f"{number} " + "lorem ipsum " * 30, settings={"timeouts": {}}))
-            error, seconds = await ended(ask(server, "9 " + "lorem ipsum " * 30, settings=AUTO | {"server": "plain"}))
+            error, seconds = await ended(ask(server, "9 " + "lorem ipsum " * 30, settings=AUTO))
     finally:
         unsubscribe()
     sent = [event for event in seen if isinstance(event, events.Sent)]
