@@ -1,6 +1,7 @@
 """Writes a llama-architecture GGUF with seeded random weights, about 250 KB: real llama.cpp loads it at once.
 
-It says English words in random order and never ends by itself, so an answer is max_tokens long.
+It says English words in random order and never ends by itself, so an answer is max_tokens long. With "slow" as the second
+argument it is one of 32 MB, which takes seconds for a prompt of some thousand tokens.
 """
 
 import sys
@@ -8,7 +9,8 @@ import sys
 import gguf
 import numpy as np
 
-EMBEDDING, LAYERS, HEADS, FEED_FORWARD, CONTEXT = 64, 2, 4, 128, 16384
+TINY, SLOW = (64, 2, 4, 128), (768, 4, 12, 2048)
+CONTEXT = 16384
 WORDS = "the of and to a in is that for it as was with be by on not he this are or his from at which but have an had".split()
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -28,17 +30,18 @@ def vocabulary():
     return [text for text, _ in entries], [int(kind) for _, kind in entries]
 
 
-def write(path):
+def write(path, size=TINY):
+    embedding, layers, heads, feed_forward = size
     tokens, kinds = vocabulary()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("random-tiny")
     writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(EMBEDDING)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FEED_FORWARD)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_rope_dimension_count(EMBEDDING // HEADS)
+    writer.add_embedding_length(embedding)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(embedding // heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("llama")
@@ -60,22 +63,22 @@ def write(path):
         writer.add_tensor(name, gguf.quants.quantize(weights, quantized), raw_dtype=quantized)
 
     def norm(name):
-        writer.add_tensor(name, np.ones(EMBEDDING, dtype=np.float32))
+        writer.add_tensor(name, np.ones(embedding, dtype=np.float32))
 
     said = {"\u2581" + word for word in WORDS}
-    matrix("token_embd.weight", len(tokens), EMBEDDING, 1.0)
+    matrix("token_embd.weight", len(tokens), embedding, 1.0)
     silent = [index for index, token in enumerate(tokens) if token not in said]
-    matrix("output.weight", len(tokens), EMBEDDING, 4 * (3.0 / EMBEDDING) ** 0.5, silent)
+    matrix("output.weight", len(tokens), embedding, 4 * (3.0 / embedding) ** 0.5, silent)
     norm("output_norm.weight")
-    for layer in range(LAYERS):
+    for layer in range(layers):
         block = f"blk.{layer}."
         norm(block + "attn_norm.weight")
         norm(block + "ffn_norm.weight")
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            matrix(f"{block}{name}.weight", EMBEDDING, EMBEDDING)
-        matrix(block + "ffn_gate.weight", FEED_FORWARD, EMBEDDING)
-        matrix(block + "ffn_up.weight", FEED_FORWARD, EMBEDDING)
-        matrix(block + "ffn_down.weight", EMBEDDING, FEED_FORWARD)
+            matrix(f"{block}{name}.weight", embedding, embedding)
+        matrix(block + "ffn_gate.weight", feed_forward, embedding)
+        matrix(block + "ffn_up.weight", feed_forward, embedding)
+        matrix(block + "ffn_down.weight", embedding, feed_forward)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,4 +86,4 @@ def write(path):
 
 
 if __name__ == "__main__":
-    write(sys.argv[1])
+    write(sys.argv[1], SLOW if sys.argv[2:] == ["slow"] else TINY)

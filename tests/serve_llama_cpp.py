@@ -1,4 +1,7 @@
-"""Serves a GGUF with the real llama.cpp server of the xllamacpp wheel, until its standard input closes."""
+"""Serves a GGUF with the real llama.cpp server of the xllamacpp wheel, until its standard input closes.
+
+Arguments: the model, the context in tokens, and perhaps the port.
+"""
 
 import os
 import sys
@@ -7,12 +10,13 @@ import xllamacpp
 
 parameters = xllamacpp.CommonParams()
 parameters.model.path = sys.argv[1]
-parameters.hostnames, parameters.port = ["127.0.0.1"], 0
+parameters.hostnames, parameters.port = ["127.0.0.1"], int(sys.argv[3]) if len(sys.argv) > 3 else 0
 parameters.n_ctx, parameters.n_parallel = int(sys.argv[2]), 1
 # More would wait for each other by spinning, which takes minutes on a machine that is busy.
 parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
 parameters.endpoint_metrics = parameters.endpoint_props = True
 parameters.warmup = False
+parameters.n_batch = 256  # it looks once a batch whether the client is still there, and tells its progress
 server = xllamacpp.Server(parameters)
 print(server.listening_address, flush=True)
 sys.stdin.buffer.read()
