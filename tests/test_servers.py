@@ -27,7 +27,7 @@ LLAMA_CPP = {"window": 4096, "slots": 1, "images": False, "loaded": True, "quant
 SHOWS_ALL = {"counts": True, "progress": True, "cached": True, "clock": True, "work": True, "continues": "repeats"}
 PROMISES = {
     "llama.cpp": Promise("llama.cpp", {**LLAMA_CPP, "largest_window": 16384}, **SHOWS_ALL),
-    "llama.cpp-router": Promise("llama.cpp", LLAMA_CPP, **SHOWS_ALL),
+    "llama.cpp-router": Promise("llama.cpp", {**LLAMA_CPP, "largest_window": 16384}, **SHOWS_ALL),
     "llama-swap": Promise("llama-swap", LLAMA_CPP, **SHOWS_ALL),
     "ollama": Promise(
         "ollama",
@@ -250,6 +250,22 @@ async def test_nothing_is_asked_of_a_model_that_another_would_have_to_leave_for(
         assert (await identified(endpoint)).facts.window == 4096, "it is asked again until it is loaded"
 
 
+async def test_the_routers_questions_about_a_model_forbid_it_to_load_the_model(simulator, monkeypatch):
+    asked = []
+    plain = Ask._answer
+
+    async def spy(self, path, body):
+        asked.append(path)
+        return await plain(self, path, body)
+
+    monkeypatch.setattr(Ask, "_answer", spy)
+    async with simulator(dialect="llama.cpp-router", model="a/b:Q4") as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        await (await identified(endpoint)).work(Ask(endpoint))
+    about = [path for path in asked if "?" in path]
+    assert about == [f"/{what}?model=a%2Fb%3AQ4&autoload=false" for what in ("props", "slots")]
+
+
 async def test_llama_swap_in_front_of_another_server_promises_nothing():
     models = {"data": [{"id": "real", "owned_by": "llama-swap", "meta": {"llamaswap": {"aliases": ["nick"]}}}]}
     about = {"/v1/models": models, "/running": {"running": [{"model": "real", "state": "ready"}]}}
@@ -261,6 +277,16 @@ async def test_llama_swap_in_front_of_another_server_promises_nothing():
 
 
 # ------------------------------------------------------------------------------------------ the rest
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
+async def test_a_continuation_that_asks_for_a_new_turn_too_is_refused(simulator, dialect):
+    async with simulator(dialect=dialect) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        request = servers.kind_named(dialect)().continuation(body_for(endpoint), "word")
+        async with httpx.AsyncClient(trust_env=False) as client:
+            response = await client.post(endpoint.chat_url, json={**request, "add_generation_prompt": True})
+    assert response.status_code == 400
 
 
 @pytest.mark.parametrize("dialect, gone_on", [("llama.cpp", False), ("mlx-lm", True), ("transformers", True),

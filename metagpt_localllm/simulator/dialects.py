@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote
 
 from metagpt_localllm.simulator.machine import Machine, render, tokenize
 
-__all__ = ["DIALECTS", "DIALECTS_BY_NAME", "Dialect", "Job", "State", "about", "overflow", "prompt_of"]
+__all__ = ["DIALECTS", "DIALECTS_BY_NAME", "Dialect", "Job", "State", "about", "overflow", "prompt_of", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ def _models(dialect: Dialect, state: State) -> Any:
         entry.update(meta={"n_ctx": context, "n_ctx_train": 16384, "ftype": "Q4_K - Medium"})
     elif name in ("llama.cpp-router", "llama-swap"):
         entry.update(status={"value": {"yes": "loaded", "no": "unloaded"}.get(state.loaded, "loading")})
+        if name == "llama.cpp-router" and state.loaded == "yes":
+            entry.update(meta={"n_ctx": context, "n_ctx_train": 16384})
     elif name in ("vllm", "sglang"):
         entry.update(max_model_len=context, root=state.model)
     elif name == "llama-cpp-python":
@@ -279,6 +281,18 @@ def prompt_of(dialect: Dialect, body: Mapping[str, Any]) -> tuple[list[str], Opt
         if dialect.continues == "always" or body.get("continue_final_message"):
             partial, messages = str(messages[-1].get("content") or ""), messages[:-1]
     return render(messages, body.get("tools")) + (tokenize(partial) if partial else []), partial
+
+
+def refusal(dialect: Dialect, body: Mapping[str, Any]) -> Optional[tuple[int, dict[str, Any]]]:
+    """Status and body for a request whose fields it does not take."""
+    unknown = dialect.strict & set(body)
+    if unknown:
+        return 422, {"detail": f"Unexpected fields in the request: {unknown}"}
+    both = body.get("continue_final_message") and body.get("add_generation_prompt", True)
+    if both and dialect.continues in ("always", "asked"):
+        message = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
+        return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+    return None
 
 
 def overflow(dialect: Dialect, prompt: int, wanted: int, context: int) -> Optional[dict[str, Any]]:

@@ -16,7 +16,16 @@ import h11
 
 from metagpt_localllm.simulator import answers
 from metagpt_localllm.simulator.answers import Answer
-from metagpt_localllm.simulator.dialects import DIALECTS, DIALECTS_BY_NAME, Job, State, about, overflow, prompt_of
+from metagpt_localllm.simulator.dialects import (
+    DIALECTS,
+    DIALECTS_BY_NAME,
+    Job,
+    State,
+    about,
+    overflow,
+    prompt_of,
+    refusal,
+)
 from metagpt_localllm.simulator.faults import Fault, parse_fault
 from metagpt_localllm.simulator.machine import Machine, PrefixCache, Stats, seconds, tokenize
 
@@ -347,9 +356,9 @@ class _Exchange:
         if sim._loading() and not manner.answers_while_loading:
             await self._reply(503, _LOADING)
             return
-        unknown = manner.strict & set(body)
-        if unknown:
-            await self._reply(422, {"detail": f"Unexpected fields in the request: {unknown}"})
+        refused = refusal(manner, body)
+        if refused is not None:
+            await self._reply(*refused)
             return
         sim.demand()
         prompt, partial = prompt_of(manner, body)
