@@ -167,9 +167,11 @@ async def test_a_process_that_is_killed_is_noticed_at_once_and_named(process, as
     assert isinstance(error, errors.IncompleteStream) and seconds < 5
 
 
-async def test_a_server_that_must_not_be_asked_is_not(simulator, ask, fast_time):
+@pytest.mark.parametrize("dialect", ["llama-cpp-python", "plain"])
+async def test_a_server_that_must_not_be_asked_is_not(simulator, ask, fast_time, dialect):
     machine = Machine(prefill_speed=1e6, decode_speed=1.5)
-    async with simulator(dialect="plain", machine=machine, scale=1, answer=lambda m, t: Answer(text="a b c d")) as server:
+    answer = Answer(text="a b c d")
+    async with simulator(dialect=dialect, machine=machine, scale=1, answer=lambda m, t: answer) as server:
         await complete(ask(server, settings={"timeouts": {"stall": 10}}))
         asked = [path for path in server.paths if "chat" not in path]
     first_chat = server.paths.index("/v1/chat/completions")

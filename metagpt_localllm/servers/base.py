@@ -145,7 +145,8 @@ class Server:
     Attributes:
         name: what users call it, and what ``llm.local.server`` takes.
         counts: whether :meth:`count_tokens` may give a number.
-        watchable: whether :meth:`work` may be asked while a request runs; the shortest interval is two seconds.
+        watchable: whether :meth:`work` and ``/health`` may be asked while a request runs, no more often than every two
+            seconds, and answer whatever the server is doing: that they do not then proves that it is gone.
         quiet: whether every question beside the chat harms the answer that runs; it is asked once and never again.
         lists: whether ``/v1/models`` always answers.
         usual_window: context window in tokens that it takes unless told otherwise, where it never says which it has.

@@ -13,6 +13,8 @@ class VLLM(Server):
     """Prompt and answer together must fit its context, and a prompt that fits is refused for a large ``max_tokens``."""
 
     name: ClassVar[str] = "vllm"
+    # It tells nothing of its work, but its health, whatever its engine is doing.
+    watchable: ClassVar[bool] = True
     counts: ClassVar[bool] = True
     #: ``owned_by`` in its list of models.
     owner: ClassVar[str] = "vllm"
