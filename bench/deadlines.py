@@ -8,7 +8,8 @@ truth (queue, load, prefill, gaps, death) is drawn before any policy sees it.
 
 Servers die silently here (hung process, black-holed packets, hung GPU): who closes the connection is noticed by all at once.
 "with proof" is a server that reports prefill progress, its queue, its cache and its health (llama.cpp); 70 % of the deaths
-are proven by a health probe there (every second, given a second), the rest hang below a health endpoint that still answers.
+are a server that answers nothing any more, which watch.py takes for gone after MUTE_SECONDS of silence (a closed port or idle
+slots would prove more, and sooner), the rest hang below a health endpoint that still answers.
 "without" is a server that says nothing but the tokens, not even whether they were cached; "health only" is the same with
 that probe (LM Studio and Ollama's /v1, whose GET endpoints answer while a model works).
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Callable, Iterator, Optional
 
 from metagpt_localllm.latency import DEFAULTS, Estimator, Sample, deadline
+from metagpt_localllm.watch import CLOSED_PORT_SECONDS, IDLE_SECONDS, MUTE_SECONDS
 
 CALLS, ATTEMPTS, PAUSE, BATCH, DEATHS = 700, 4, 1.0, 512, 0.02
 
@@ -62,7 +64,7 @@ class Truth:
     gap_at: float = 0.5
     death: Optional[float] = None
     provable: bool = False
-    probe: float = 1.5
+    probe: float = MUTE_SECONDS  # seconds until the watch takes it for gone
 
     def prefill(self, begin: float, end: float) -> float:
         """Seconds for the prompt's tokens from ``begin`` to ``end``."""
@@ -126,7 +128,7 @@ def world(name: str, box: Box, rng: random.Random) -> Iterator[Truth]:
             gap = max(gap, min(2 * rng.paretovariate(1.5), 120))
         dies = rng.random() < DEATHS
         yield Truth(loaded, prompt, shared, cached, answer, wait, load, may_load, now, noise, pause, gap, rng.random(),
-                    rng.random() if dies else None, rng.random() < 0.7, 1 + rng.random())  # fmt: skip
+                    rng.random() if dies else None, rng.random() < 0.7, MUTE_SECONDS + rng.random())  # fmt: skip
 
 
 WORKLOADS = ("steady", "noisy neighbour", "throttling to a third", "context to 16k", "model swap", "load after idle",
@@ -385,8 +387,9 @@ def goals(scores: dict[tuple[str, str, str], Score]) -> str:
         goal(f"{name}: a dead server noticed, median", quantile(every, 0.5), 60, " s")
         goal(f"{name}: a dead server noticed, p95", quantile(every, 0.95), 60, " s")
         goal(f"{name}: wall time over the oracle's", score.wall / oracle.wall, 1.05, "")
-    proven = merged(scores, "learned, with proof").proven
-    goal("learned, with proof: a proven death noticed, slowest", max(proven), 2, " s")
+    goal("a closed port noticed (watch.py)", CLOSED_PORT_SECONDS, 2, " s")
+    goal("slots that idle while we wait noticed (watch.py)", IDLE_SECONDS, 2, " s")
+    lines.append(f"- a server that answers nothing any more is held for gone after {MUTE_SECONDS:.0f} s: strong, but no proof")
     silences = merged(scores, "learned, with proof").silences
     if silences:
         lines.append(f"\nWith proof each false time-out followed {min(silences):.0f} s or more without any sign of work.")

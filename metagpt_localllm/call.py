@@ -40,7 +40,7 @@ from metagpt_localllm.tiers import Caller, choose_tier
 from metagpt_localllm.tokens import MESSAGE_TOKENS, estimate_message, estimate_prompt, estimate_text
 from metagpt_localllm.transport import Endpoint, client_for
 from metagpt_localllm.trimming import Fitted, fit
-from metagpt_localllm.watch import INTERVAL, watch
+from metagpt_localllm.watch import watch
 
 __all__ = ["DEFAULT_WINDOW", "Call", "Outcome", "complete"]
 
@@ -485,10 +485,10 @@ async def _watch(run: _Run, scope: anyio.CancelScope) -> None:
         life.work(anyio.current_time())
         scope.deadline = life.deadline
 
-    interval = INTERVAL / run.time_scale
-    run.death = await watch(
-        run.server, run.call.endpoint, interval, lambda: life.silence(anyio.current_time()), proof
-    )
+    def silence() -> float:
+        return life.silence(anyio.current_time())
+
+    run.death = await watch(run.server, run.call.endpoint, silence, proof, scale=run.time_scale)
     scope.cancel()
 
 

@@ -19,17 +19,25 @@ from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.servers.base import Ask, Server, Work
 from metagpt_localllm.transport import Endpoint, client_for
 
-__all__ = ["INTERVAL", "Evidence", "Seen", "watch"]
+__all__ = ["CLOSED_PORT_SECONDS", "IDLE_SECONDS", "MUTE_SECONDS", "Evidence", "Seen", "watch"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two looks. llama.cpp notices a client that left later when it is asked more often than every 1.5 s
-#: (measured, b11549).
-INTERVAL = 2.0
+#: Seconds of silence before the first look.
+_FIRST = 1.0
+#: Seconds between two looks. llama.cpp notices a client that left later when it is asked more often (measured, b11549).
+_INTERVAL = 1.5
 #: Seconds before a refused connection is tried once more.
 _AGAIN = 0.2
+#: Seconds that a question may take; at the least, in scaled time.
+_LIMIT, _LEAST_LIMIT = 4.0, 0.5
 #: Looks in a row that must agree before a server is held for gone.
-_IDLE_LOOKS, _MUTE_LOOKS = 2, 3
+_REFUSED_LOOKS, _IDLE_LOOKS, _MUTE_LOOKS = 2, 2, 3
+#: Seconds until a server is known to be gone: its port is closed; it idles; it takes connections and does not answer
+#: (where not even connections are taken, two limits more).
+CLOSED_PORT_SECONDS = _FIRST + _AGAIN
+IDLE_SECONDS = _FIRST + _INTERVAL
+MUTE_SECONDS = _FIRST + (_MUTE_LOOKS + 1) * _LIMIT + (_MUTE_LOOKS - 1) * _INTERVAL
 
 
 class Seen(enum.Enum):
@@ -54,6 +62,16 @@ class Evidence:
         self._counts = {Seen.REFUSED: 0, Seen.MUTE: 0}
         self._idle = 0
 
+    @property
+    def mute(self) -> bool:
+        """Whether the last look got no answer."""
+        return self._counts[Seen.MUTE] > 0
+
+    def forget(self) -> None:
+        """The server has shown life by itself."""
+        self._counts = dict.fromkeys(self._counts, 0)
+        self._idle = 0
+
     def weigh(self, seen: Union[Seen, Work], silence: float) -> Optional[Failure]:
         """The proof that the request is lost, or None. ``silence``: seconds since the last sign of life."""
         busy = isinstance(seen, Work) and seen.busy
@@ -64,7 +82,7 @@ class Evidence:
         for kind in self._counts:
             self._counts[kind] = self._counts[kind] + 1 if seen is kind else 0
         self._idle = self._idle + 1 if isinstance(seen, Work) and not busy else 0
-        if self._counts[Seen.REFUSED] >= 2:
+        if self._counts[Seen.REFUSED] >= _REFUSED_LOOKS:
             return _dead(errors.ServerGone, f"the server has stopped listening while we waited ({silence:.1f} s of silence)")
         if self._counts[Seen.MUTE] >= _MUTE_LOOKS:
             what = f"the server takes connections and answers nothing any more ({silence:.1f} s of silence)"
@@ -81,41 +99,45 @@ def _dead(error: type[errors.LocalLLMError], what: str) -> Failure:
 
 
 async def watch(
-    server: Server, endpoint: Endpoint, interval: float, silence: Callable[[], float], proof: Callable[[], None]
+    server: Server, endpoint: Endpoint, silence: Callable[[], float], proof: Callable[[], None], *, scale: float = 1.0
 ) -> Failure:
-    """Looks at the server whenever it has been silent for ``interval`` seconds, until it is proven to be gone.
+    """Looks at the server whenever it has been silent for a second, until it is proven to be gone.
 
     Args:
         silence: gives the seconds since the last sign of life.
         proof: called when a look proves that the server works.
+        scale: how many times faster than real its time passes.
     """
     evidence = Evidence()
+    limit = max(_LIMIT / scale, _LEAST_LIMIT)
     while True:
-        left = interval - silence()
+        left = _FIRST / scale - silence()
         if left > 0:
+            evidence.forget()
             await anyio.sleep(left)
             continue
-        seen = await _look(server, endpoint, max(2.5 * interval, 0.5))
+        seen = await _look(server, endpoint, limit, only_health=evidence.mute)
         failure = evidence.weigh(seen, silence())
         if failure is not None:
             return failure
         if evidence.alive:
             proof()
-        await anyio.sleep(_AGAIN if seen is Seen.REFUSED else interval)
+        await anyio.sleep((_AGAIN if seen is Seen.REFUSED else _INTERVAL) / scale)
 
 
-async def _look(server: Server, endpoint: Endpoint, limit: float) -> Union[Seen, Work]:
+async def _look(server: Server, endpoint: Endpoint, limit: float, *, only_health: bool) -> Union[Seen, Work]:
     if not await _listens(endpoint, limit):
         return Seen.REFUSED
     if not server.watchable:
         return Seen.UP
-    with anyio.move_on_after(limit):
-        try:
-            work = await server.work(Ask(endpoint))
-            if work is not None:
-                return work
-        except Exception as error:  # it may be busy with a batch, or load: its health tells
-            _log.debug("%s does not say what it is doing: %s", endpoint.address, type(error).__name__)
+    if not only_health:
+        with anyio.move_on_after(limit):
+            try:
+                work = await server.work(Ask(endpoint))
+                if work is not None:
+                    return work
+            except Exception as error:  # it may be busy with a batch, or load: its health tells
+                _log.debug("%s does not say what it is doing: %s", endpoint.address, type(error).__name__)
     with anyio.move_on_after(limit):
         try:
             response = await client_for(endpoint).get(f"{endpoint.root}/health", headers=endpoint.headers)

@@ -18,7 +18,7 @@ from metagpt_localllm.simulator import Answer, Fault, Machine
 from metagpt_localllm.watch import Evidence, Seen
 
 LLAMA = {"default_generation_settings": {"n_ctx": 4096}}
-#: Twenty times faster than real: a look every 0.1 s, ``auto`` is 30 s, 3 s and 6 min.
+#: Twenty times faster than real: a look every 0.075 s, ``auto`` is 30 s, 3 s and 6 min.
 SCALE = "20"
 
 
@@ -58,6 +58,14 @@ def test_only_what_moves_proves_work():
     assert [alive for _, alive in verdicts(at(1), at(1), at(2), at(2), at(3), Seen.UP, Seen.LOADING)] == [
         False, False, True, False, True, False, True,
     ]  # fmt: skip
+
+
+def test_life_between_two_looks_makes_the_evidence_worthless():
+    evidence = Evidence()
+    for seen in (Seen.MUTE, Seen.MUTE):
+        assert evidence.weigh(seen, 1.0) is None and evidence.mute
+    evidence.forget()
+    assert not evidence.mute and evidence.weigh(Seen.MUTE, 1.0) is None
 
 
 # ------------------------------------------------------------------------------------------- on sockets

@@ -145,7 +145,7 @@ class Server:
     Attributes:
         name: what users call it, and what ``llm.local.server`` takes.
         counts: whether :meth:`count_tokens` may give a number.
-        watchable: whether :meth:`work` and ``/health`` may be asked while a request runs, no more often than every two
+        watchable: whether :meth:`work` and ``/health`` may be asked while a request runs, no more often than every 1.5
             seconds, and answer whatever the server is doing: that they do not then proves that it is gone.
         quiet: whether every question beside the chat harms the answer that runs; it is asked once and never again.
         lists: whether ``/v1/models`` always answers.
