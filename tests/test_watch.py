@@ -1,6 +1,8 @@
 """Proof of work and proof of death: weighed without a clock, and seen on real sockets."""
 
 import asyncio
+import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -136,43 +138,81 @@ import asyncio, sys
 from metagpt_localllm.simulator import Answer, Machine, Simulator
 async def main():
     machine = Machine(prefill_speed=1e6, decode_speed=20)
-    async with Simulator(machine, answer=lambda m, t: Answer(text="word " * 400)) as server:
+    async with Simulator(machine, host=sys.argv[1], answer=lambda m, t: Answer(text="word " * 400)) as server:
         print(server.base_url, flush=True)
         await asyncio.sleep(60)
 asyncio.run(main())
 """
 
 
+@contextlib.contextmanager
+def served(host, *prefix):
+    child = subprocess.Popen([*prefix, sys.executable, "-c", PROCESS, host], stdout=subprocess.PIPE, text=True)
+    child.base_url, child.model = child.stdout.readline().strip(), "codebooga-34b"
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
 @pytest.fixture
 def process():
-    child = subprocess.Popen([sys.executable, "-c", PROCESS], stdout=subprocess.PIPE, text=True)
-    child.base_url, child.model = child.stdout.readline().strip(), "codebooga-34b"
-    yield child
-    child.kill()
-    child.wait()
+    with served("127.0.0.1") as child:
+        yield child
 
 
-async def ended_by(process, ask, number):
+@pytest.fixture
+def far_host():
+    """The name of a network namespace whose end of a cable can be pulled; its address is 10.98.76.2."""
+    name = f"llm{os.getpid()}"
+    ip = functools.partial(subprocess.run, check=True, capture_output=True)
+    try:
+        ip(["ip", "netns", "add", name])
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        try:
+            ip(["ip", "link", "add", f"{name}a", "type", "veth", "peer", "name", "far", "netns", name])
+        except subprocess.CalledProcessError:
+            pytest.skip("this kernel gives no veth")
+        ip(["ip", "addr", "add", "10.98.76.1/30", "dev", f"{name}a"])
+        ip(["ip", "link", "set", f"{name}a", "up"])
+        ip(["ip", "-n", name, "addr", "add", "10.98.76.2/30", "dev", "far"])
+        ip(["ip", "-n", name, "link", "set", "far", "up"])
+        yield name
+    finally:
+        ip(["ip", "netns", "del", name])
+
+
+async def ended_by(process, ask, pull):
     tokens = []
     settings = {**AUTO, "timeouts": {"first_token": 30, "stall": 30, "total": 60}}
     call = asyncio.create_task(ended(ask(process, settings=settings, show=tokens.append)))
     while len(tokens) < 3:
         await asyncio.sleep(0.02)
-    os.kill(process.pid, number)
+    pull()
     started = time.monotonic()
     error, _ = await call
     return error, time.monotonic() - started
 
 
 async def test_a_process_that_is_stopped_is_noticed_and_named(process, ask, fast_time):
-    error, seconds = await ended_by(process, ask, signal.SIGSTOP)
+    error, seconds = await ended_by(process, ask, lambda: os.kill(process.pid, signal.SIGSTOP))
     assert isinstance(error, errors.ServerUnresponsive) and seconds < 15
     assert error.partial.startswith("word word")
 
 
 async def test_a_process_that_is_killed_is_noticed_at_once_and_named(process, ask, fast_time):
-    error, seconds = await ended_by(process, ask, signal.SIGKILL)
+    error, seconds = await ended_by(process, ask, lambda: os.kill(process.pid, signal.SIGKILL))
     assert isinstance(error, errors.IncompleteStream) and seconds < 5
+
+
+async def test_a_cable_that_is_pulled_is_noticed_and_named(far_host, ask, fast_time):
+    with served("10.98.76.2", "ip", "netns", "exec", far_host) as child:
+        down = ["ip", "-n", far_host, "link", "set", "far", "down"]
+        error, seconds = await ended_by(child, ask, lambda: subprocess.run(down, check=True))
+    assert isinstance(error, errors.ServerUnresponsive) and seconds < 20
 
 
 @pytest.mark.parametrize("dialect", ["llama-cpp-python", "plain"])
