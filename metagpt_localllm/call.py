@@ -252,10 +252,15 @@ async def _identify(run: _Run) -> Identified:
     """Finds out what the server is, and lets it load its model where a request that gave up would abort the load."""
     call = run.call
     identified = await servers.identify(call.endpoint, call.settings.server)
-    if identified.server.facts.loaded is False:
-        await servers.load(identified.server, call.endpoint, run.deadlines.total)
-        identified = await servers.identify(call.endpoint, call.settings.server)
     run.server = identified.server
+    if run.server.facts.loaded is False:
+        async with _turn(run):  # one call loads it for all that begin together
+            run.server = (await servers.identify(call.endpoint, call.settings.server)).server
+            if run.server.facts.loaded is False:
+                limit = run.deadlines.total
+                events.publish(events.Waiting(run.info, f"the model {call.endpoint.model} is being loaded", limit))
+                await servers.load(run.server, call.endpoint, limit)
+                run.server = (await servers.identify(call.endpoint, call.settings.server)).server
     return identified
 
 
@@ -275,7 +280,12 @@ async def _turn(run: _Run) -> AsyncIterator[None]:
         yield
 
 
-_CENSORED: Mapping[type[errors.LocalLLMError], str] = {errors.FirstTokenTimeout: "first_token", errors.StreamStalled: "stall", errors.TotalTimeout: "total"}
+#: The deadline that each time-out is the end of.
+_CENSORED: Mapping[type[errors.LocalLLMError], str] = {
+    errors.FirstTokenTimeout: "first_token",
+    errors.StreamStalled: "stall",
+    errors.TotalTimeout: "total",
+}
 
 
 def _record(run: _Run, prompt: _Prompt, failure: Optional[Failure]) -> None:

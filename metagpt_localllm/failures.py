@@ -224,7 +224,7 @@ def _not_connected(error: httpx.TransportError, base_url: str) -> Failure:
     else:
         how = "connection refused" if any(isinstance(e, ConnectionRefusedError) for e in chain) else str(error)
     return Failure(
-        Kind.NOT_UP, errors.ServerUnavailable, f"no server at {base_url} ({how})",
+        Kind.NOT_UP, errors.ServerUnavailable, f"no server at {base_url} ({how}; is it started, and llm.base_url right?)",
         "Start the server or correct its address.", "llm.base_url, and llm.local.retry.wait_for_server", cause=error,
     )  # fmt: skip
 

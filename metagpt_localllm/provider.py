@@ -258,9 +258,7 @@ def _log(event: events.Event) -> None:
     elif isinstance(event, events.Retry):
         logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
     elif isinstance(event, events.Waiting):
-        logger.warning(
-            f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most. Is it started, and is llm.base_url right?"
-        )
+        logger.warning(f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most.")
     elif isinstance(event, events.Trimmed):
         logger.warning(
             f"{who}: the prompt was too long for the context window of {event.window:,} tokens: "

@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pytest
 from conftest import FAST, WORDS
+from metagpt import config2
 from metagpt.actions import Action
 from metagpt.actions.action_node import ActionNode
 from metagpt.configs.llm_config import LLMConfig, LLMType
@@ -18,7 +19,6 @@ from metagpt.team import Team
 from pydantic import ValidationError
 from tenacity import RetryError
 
-from metagpt import config2
 from metagpt_localllm import errors, events, provider
 from metagpt_localllm.cli import METAGPT_KEYS
 from metagpt_localllm.provider import LocalLLM
