@@ -16,8 +16,8 @@ import httpx
 
 from metagpt_localllm import errors
 from metagpt_localllm.failures import Failure, Kind
-from metagpt_localllm.servers.base import Ask, Server, Work
-from metagpt_localllm.transport import Endpoint, client_for
+from metagpt_localllm.servers.base import Ask, Health, Server, Work
+from metagpt_localllm.transport import Endpoint
 
 __all__ = ["CLOSED_PORT_SECONDS", "IDLE_SECONDS", "MUTE_SECONDS", "Evidence", "Seen", "watch"]
 
@@ -140,8 +140,7 @@ async def _look(server: Server, endpoint: Endpoint, limit: float, *, only_health
                 _log.debug("%s does not say what it is doing: %s", endpoint.address, type(error).__name__)
     with anyio.move_on_after(limit):
         try:
-            response = await client_for(endpoint).get(f"{endpoint.root}/health", headers=endpoint.headers)
-            return Seen.LOADING if response.status_code == 503 else Seen.UP
+            return Seen.LOADING if await server.health(Ask(endpoint)) is Health.LOADING else Seen.UP
         except httpx.HTTPError:
             pass
     return Seen.MUTE

@@ -1,6 +1,7 @@
 """Real llama.cpp while it is slow, cut off, killed, and started again."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from metagpt_localllm import events
 from metagpt_localllm.call import Call, complete
+from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.settings import LocalSettings
 from metagpt_localllm.tiers import Caller
 from metagpt_localllm.transport import Endpoint
@@ -121,6 +123,28 @@ async def test_a_server_that_is_killed_and_started_again_finishes_the_call(serve
     outcome = await call
     assert outcome.usage.completion_tokens == tokens
     assert kinds(seen)[:2] == ["Sent", "Retry"] and kinds(seen)[-1] == "Done"
+
+
+async def test_a_stream_that_lost_its_connection_can_be_taken_up_again(server):
+    kind, answer = LlamaCpp(), b""
+    request = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 60, "temperature": 0}
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        url, headers = f"{server.root}/v1/chat/completions", kind.headers_to_resume("one/two")
+        async with client.stream("POST", url, json=request, headers=headers) as response:
+            async for portion in response.aiter_raw():
+                answer += portion
+                if answer.count(b"data:") > 3:
+                    break
+        async with client.stream("GET", server.root + kind.path_to_resume("one/two", len(answer))) as response:
+            answer += b"".join([portion async for portion in response.aiter_raw()])
+        whole = (await client.post(url, json=request)).content
+    assert answer.endswith(b"data: [DONE]\n\n")
+
+    def text(stream):
+        chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith(b"data: {")]
+        return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
+
+    assert text(answer) == text(whole) and len(text(answer).split()) == 60
 
 
 async def test_a_server_that_is_started_after_the_call_is_waited_for(model, seen):

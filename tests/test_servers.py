@@ -344,3 +344,11 @@ class _Picky(RawServer):
         )
         writer.write(head.encode() + body)
         await writer.drain()
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "lmstudio"])
+async def test_calls_that_begin_together_load_the_model_once(simulator, ask, dialect):
+    async with simulator(dialect=dialect, machine=Machine(1e6, 1e6, load_time=300), scale=1000) as server:
+        await asyncio.gather(*(complete(ask(server, f"question {n}")) for n in range(5)))
+    assert len(server.requests) == 5 + (dialect == "lmstudio")  # LM Studio loads by the shortest chat
+    assert server.paths.count("/api/generate") == (dialect == "ollama")

@@ -7,13 +7,14 @@ time; :mod:`metagpt_localllm.servers.detection` bounds and guards them for the r
 
 from __future__ import annotations
 
+import enum
 import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Hashable, Mapping, Optional
 
 from metagpt_localllm.transport import Endpoint, client_for
 
-__all__ = ["Ask", "Facts", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
+__all__ = ["Ask", "Facts", "Health", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Facts:
     images: Optional[bool] = None
     loaded: Optional[bool] = None
     version: str = ""
+
+
+class Health(enum.Enum):
+    """What a server says of itself."""
+
+    UP = "up"
+    LOADING = "loading"
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,11 @@ class Ask:
         except ValueError:
             return None
 
+    async def status(self, path: str) -> int:
+        """The HTTP status of a GET at the server's root; raises httpx.HTTPError where no answer comes."""
+        response = await client_for(self.endpoint).get(self.endpoint.root + path, headers=self.endpoint.headers)
+        return response.status_code
+
     async def _trace(self, event: str, _info: Mapping[str, Any]) -> None:
         if event == "connection.connect_tcp.complete":
             self.connected = True
@@ -205,6 +218,14 @@ class Server:
         cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
         return Timings(cached if isinstance(cached, int) and not isinstance(cached, bool) and cached >= 0 else None)
 
+    async def health(self, ask: Ask) -> Health:
+        """Whether it can take a request; whatever answers can, unless it says that it cannot yet.
+
+        Raises:
+            httpx.HTTPError: nothing answers.
+        """
+        return Health.LOADING if await ask.status("/health") == 503 else Health.UP
+
     async def work(self, ask: Ask) -> Optional[Work]:
         """What it is doing; None where it does not tell."""
         return None
@@ -217,6 +238,17 @@ class Server:
 
         Whether the answer then repeats ``partial`` in front differs; the caller has to look.
         """
+        return None
+
+    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
+        """Headers of a request whose stream is to outlive its connection; none where it cannot.
+
+        Such a request goes on when its client leaves, and has to be stopped.
+        """
+        return {}
+
+    def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
+        """Where the stream goes on from so many bytes of it; None where it cannot."""
         return None
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:

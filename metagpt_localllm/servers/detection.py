@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import anyio
 
-from metagpt_localllm.servers.base import Ask, Server, Unanswered
+from metagpt_localllm.servers.base import Ask, Health, Server, Unanswered
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.servers.llama_cpp_python import LlamaCppPython
 from metagpt_localllm.servers.llama_swap import LlamaSwap
@@ -24,7 +24,7 @@ from metagpt_localllm.servers.mlx_lm import MLXLM
 from metagpt_localllm.servers.ollama import Ollama
 from metagpt_localllm.servers.transformers_serve import TransformersServe
 from metagpt_localllm.servers.vllm import VLLM, SGLang, TabbyAPI
-from metagpt_localllm.transport import Endpoint, client_for
+from metagpt_localllm.transport import Endpoint
 
 __all__ = [
     "KINDS", "UNKNOWN", "Identified", "Learned", "count_tokens", "forget", "identify", "is_strict", "kind_named", "known",
@@ -222,8 +222,7 @@ async def _is_up(endpoint: Endpoint, limit: float) -> bool:
     """Whether anything answers at the server's address that is not loading. Never raises."""
     with anyio.move_on_after(limit):
         try:
-            response = await client_for(endpoint).get(f"{endpoint.root}/health", headers=endpoint.headers)
-            return response.status_code != 503
+            return await UNKNOWN.health(Ask(endpoint)) is Health.UP
         except Exception as error:
             _log.debug("%s is not up: %s", endpoint.address, type(error).__name__)
     return False

@@ -81,6 +81,12 @@ class LlamaCpp(Server):
         messages = [*body["messages"], {"role": "assistant", "content": partial}]
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
+    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
+        return {"x-conversation-id": conversation}  # from b9808 on; older builds ignore it
+
+    def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
+        return f"/v1/stream?conv_id={quote(conversation, safe='')}&from={offset}"
+
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         # The router would load the model for it, and evict another.
         return None if self._routed and not self.facts.loaded else await count(ask, prompt)
