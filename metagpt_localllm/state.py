@@ -64,6 +64,7 @@ class State:
         self._broken = False
         self._jobs: queue.SimpleQueue[Optional[Callable[[sqlite3.Connection], None]]] = queue.SimpleQueue()
         self._thread: Optional[threading.Thread] = None
+        self._inode: Optional[int] = None
         self._pending = 0
         self._idle = threading.Condition()
 
@@ -102,6 +103,14 @@ class State:
         with self._idle:
             return self._idle.wait_for(lambda: self._pending == 0, limit)
 
+    def close(self) -> None:
+        """Writes what is left and lets go of the file; a later sample opens it again."""
+        with self._idle:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            thread.join(_AT_EXIT)
+
     # ------------------------------------------------------------------------------------------ inside
 
     def _submit(self, job: Callable[[sqlite3.Connection], None]) -> None:
@@ -119,8 +128,12 @@ class State:
         database: Optional[sqlite3.Connection] = None
         while True:
             job = self._jobs.get()
+            if job is None:
+                if database is not None:
+                    database.close()
+                return
             try:
-                if job is not None and not self._broken:
+                if not self._broken:
                     database = database or self._connect()
                     job(database)
             except (sqlite3.Error, OSError) as error:
@@ -133,7 +146,13 @@ class State:
     def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # SQLite makes its -wal and -shm files with the same rights.
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        file = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        inode = os.fstat(file).st_ino
+        os.close(file)
+        if self._inode not in (None, inode):
+            # A new database would truncate the -shm file that the old connection has mapped: SIGBUS.
+            raise OSError("it was removed while this run used it")
+        self._inode = inode
         database = sqlite3.connect(self.path, timeout=_BUSY, isolation_level="IMMEDIATE")
         try:
             database.execute("PRAGMA journal_mode = WAL")

@@ -37,14 +37,18 @@ def words(_messages, _tools):
 
 
 @pytest.fixture(autouse=True)
-def _no_memory_of_servers():
+def _no_memory_of_servers(tmp_path, monkeypatch):
     # Many simulators may get the same port one after the other.
     detection._servers.clear()
     detection._learned.clear()
     detection._strict.clear()
     history._histories.clear()
+    # The state file of the last test stays where its writer has it open.
+    monkeypatch.setattr(history, "default_path", lambda: tmp_path / "state.db")
+    yield
+    for state in history._states.values():
+        state.close()
     history._states.clear()
-    history.default_path().unlink(missing_ok=True)
 
 
 @pytest.fixture

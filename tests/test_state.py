@@ -121,6 +121,22 @@ def test_a_file_of_a_newer_release_is_left_alone(state, warnings):
         assert database.execute("PRAGMA user_version").fetchone() == (999,)
 
 
+def test_a_file_that_is_removed_during_a_run_costs_one_warning(state, warnings):
+    state.add_sample("http://a", "m", {"n": 1})
+    assert state.flush()
+    state.path.rename(state.path.with_suffix(".old"))
+    state.path.touch()  # as another process would
+    assert state.samples("http://a", "m") == [] and "removed" in warnings[0]
+    state.close()
+
+
+def test_a_closed_file_is_opened_again_when_it_is_needed(state):
+    for number in range(2):
+        state.add_sample("http://a", "m", {"n": number})
+        state.close()
+    assert [sample["n"] for sample in state.samples("http://a", "m")] == [0, 1]
+
+
 def test_a_call_never_waits_for_the_disk(state):
     state.add_sample("http://a", "m", {})
     assert state.flush()
