@@ -18,7 +18,7 @@ os.environ.update(HOME=str(_home), METAGPT_PROJECT_ROOT=str(_home))
 
 import pytest  # noqa: E402
 
-from metagpt_localllm import history  # noqa: E402
+from metagpt_localllm import events, history  # noqa: E402
 from metagpt_localllm.call import Call  # noqa: E402
 from metagpt_localllm.servers import detection  # noqa: E402
 from metagpt_localllm.settings import LocalSettings  # noqa: E402
@@ -49,6 +49,19 @@ def _no_memory_of_servers(tmp_path, monkeypatch):
     for state in history._states.values():
         state.close()
     history._states.clear()
+
+
+@pytest.fixture
+def seen():
+    """All events of the test, in order."""
+    recorded = []
+    unsubscribe = events.subscribe(recorded.append)
+    yield recorded
+    unsubscribe()
+
+
+def kinds(recorded):
+    return [type(event).__name__ for event in recorded]
 
 
 @pytest.fixture

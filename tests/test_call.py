@@ -5,23 +5,11 @@ import time
 
 import openai
 import pytest
-from conftest import WORDS
+from conftest import WORDS, kinds
 
 from metagpt_localllm import errors, events
 from metagpt_localllm.call import complete
 from metagpt_localllm.simulator import Answer, Fault, Machine
-
-
-@pytest.fixture
-def seen():
-    recorded = []
-    unsubscribe = events.subscribe(recorded.append)
-    yield recorded
-    unsubscribe()
-
-
-def kinds(recorded):
-    return [type(event).__name__ for event in recorded]
 
 
 @pytest.mark.parametrize("dialect", ["llama.cpp", "ollama", "lmstudio", "vllm", "plain"])

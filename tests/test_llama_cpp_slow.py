@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import kinds
 
-from metagpt_localllm import events
 from metagpt_localllm.call import Call, complete
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.settings import LocalSettings
@@ -70,18 +70,6 @@ def server(model):
     made.process.stdout.readline()
     yield made
     made.kill()
-
-
-@pytest.fixture
-def seen():
-    recorded = []
-    unsubscribe = events.subscribe(recorded.append)
-    yield recorded
-    unsubscribe()
-
-
-def kinds(recorded):
-    return [type(event).__name__ for event in recorded]
 
 
 async def test_progress_keeps_a_prefill_alive_that_takes_longer_than_its_deadline(server, seen):
