@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from metagpt_localllm import call as calls
 from metagpt_localllm import events, servers
 from metagpt_localllm.caller import find_caller, find_retry_loop
+from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess
 from metagpt_localllm.errors import LocalLLMError
 from metagpt_localllm.settings import LocalSettings
 from metagpt_localllm.tokens import estimate_prompt, estimate_text
@@ -240,11 +241,11 @@ def _digest(body: dict[str, Any]) -> str:
 
 def _warn_of_guess(call: calls.Call) -> None:
     key = (call.endpoint.base_url, call.endpoint.model)
-    if key not in _guessed and calls.window_is_a_guess(call):
+    if key not in _guessed and window_is_a_guess(call):
         _guessed.add(key)
         logger.warning(
             f"{call.endpoint.address} does not say how large the context of {call.endpoint.model} is; assuming "
-            f"{calls.DEFAULT_WINDOW:,} tokens. Set llm.local.context.window in config2.yaml to what is loaded."
+            f"{DEFAULT_WINDOW:,} tokens. Set llm.local.context.window in config2.yaml to what is loaded."
         )
 
 

@@ -164,8 +164,10 @@ def process():
 
 @pytest.fixture
 def far_host():
-    """The name of a network namespace whose end of a cable can be pulled; its address is 10.98.76.2."""
+    """The name of a network namespace whose end of a cable can be pulled, and its address."""
     name = f"llm{os.getpid()}"
+    # Another run may do the same at the same time.
+    net = f"10.98.{os.getpid() % 256}"
     ip = functools.partial(subprocess.run, check=True, capture_output=True)
     try:
         ip(["ip", "netns", "add", name])
@@ -176,11 +178,11 @@ def far_host():
             ip(["ip", "link", "add", f"{name}a", "type", "veth", "peer", "name", "far", "netns", name])
         except subprocess.CalledProcessError:
             pytest.skip("this kernel gives no veth")
-        ip(["ip", "addr", "add", "10.98.76.1/30", "dev", f"{name}a"])
+        ip(["ip", "addr", "add", f"{net}.1/30", "dev", f"{name}a"])
         ip(["ip", "link", "set", f"{name}a", "up"])
-        ip(["ip", "-n", name, "addr", "add", "10.98.76.2/30", "dev", "far"])
+        ip(["ip", "-n", name, "addr", "add", f"{net}.2/30", "dev", "far"])
         ip(["ip", "-n", name, "link", "set", "far", "up"])
-        yield name
+        yield name, f"{net}.2"
     finally:
         ip(["ip", "netns", "del", name])
 
@@ -189,7 +191,7 @@ async def ended_by(process, ask, pull):
     tokens = []
     settings = {**AUTO, "timeouts": {"first_token": 30, "stall": 30, "total": 60}}
     call = asyncio.create_task(ended(ask(process, settings=settings, show=tokens.append)))
-    while len(tokens) < 3:
+    while len(tokens) < 3 and not call.done():
         await asyncio.sleep(0.02)
     pull()
     started = time.monotonic()
@@ -209,8 +211,9 @@ async def test_a_process_that_is_killed_is_noticed_at_once_and_named(process, as
 
 
 async def test_a_cable_that_is_pulled_is_noticed_and_named(far_host, ask, fast_time):
-    with served("10.98.76.2", "ip", "netns", "exec", far_host) as child:
-        down = ["ip", "-n", far_host, "link", "set", "far", "down"]
+    name, address = far_host
+    with served(address, "ip", "netns", "exec", name) as child:
+        down = ["ip", "-n", name, "link", "set", "far", "down"]
         error, seconds = await ended_by(child, ask, lambda: subprocess.run(down, check=True))
     assert isinstance(error, errors.ServerUnresponsive) and seconds < 20
 

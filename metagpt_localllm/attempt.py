@@ -1,0 +1,173 @@
+"""One attempt: the request goes out, the stream is read, and a silent server is looked after."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Optional
+
+import anyio
+import httpx
+
+from metagpt_localllm import errors, failures
+from metagpt_localllm.answer import Answer
+from metagpt_localllm.failures import Failure, Kind
+from metagpt_localllm.lifecycle import Phase
+from metagpt_localllm.run import Run, request_to
+from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
+from metagpt_localllm.transport import client_for
+from metagpt_localllm.watch import watch
+
+__all__ = ["attempt", "broken"]
+
+#: Bytes of an error's body that are read.
+_MAX_ERROR_BYTES = 1 << 20
+
+
+async def attempt(run: Run, content: bytes) -> Optional[Failure]:
+    """Sends the request and reads the answer; None when it is whole. The connection is closed whatever happens."""
+    failure: Optional[Failure] = None
+    endpoint, answer, life = run.call.endpoint, run.answer, run.life
+    timeout = httpx.Timeout(None, connect=run.deadlines.connect)
+    with anyio.CancelScope(deadline=life.deadline) as scope:
+        watcher = asyncio.ensure_future(_watch(run, scope))
+        try:
+            async with client_for(endpoint).stream(
+                "POST", endpoint.chat_url, content=content, headers=endpoint.headers, timeout=timeout
+            ) as response:
+                # What may end up in an error has neither the key nor the prompt.
+                bare = httpx.Response(response.status_code, headers=response.headers, request=request_to(endpoint))
+                kind = response.headers.get("content-type", "")
+                if response.status_code != 200:
+                    failure = failures.from_response(bare, await _read(response, _MAX_ERROR_BYTES))
+                elif "json" in kind or "html" in kind:
+                    failure = _take_whole(run, await _read(response, MAX_EVENT_BYTES), bare)
+                else:
+                    failure = await _take_stream(run, response, bare, scope)
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            failure = failures.from_exception(error, endpoint.address, answer.tokens > 0)
+        finally:
+            watcher.cancel()
+    if scope.cancelled_caught:
+        failure = run.death or life.expire(anyio.current_time())
+    # What comes after the finish_reason (usage, [DONE]) is welcome, but the answer does not hang on it.
+    return _end(answer, "the answer ended") if answer.finish_reason is not None else failure
+
+
+async def _watch(run: Run, scope: anyio.CancelScope) -> None:
+    """Looks after a silent server beside the attempt: what proves work extends the deadline, what proves death ends it."""
+    life = run.life
+
+    def proof() -> None:
+        life.work(anyio.current_time())
+        scope.deadline = life.deadline
+
+    def silence() -> float:
+        return life.silence(anyio.current_time())
+
+    run.death = await watch(run.server, run.call.endpoint, silence, proof, scale=run.time_scale)
+    scope.cancel()
+
+
+async def _read(response: httpx.Response, limit: int) -> str:
+    """A body as text, of at most ``limit`` bytes."""
+    body = bytearray()
+    async for portion in response.aiter_bytes():
+        body += portion
+        if len(body) > limit:
+            break
+    return bytes(body[:limit]).decode("utf-8", "replace")
+
+
+async def _take_stream(
+    run: Run, response: httpx.Response, bare: httpx.Response, scope: anyio.CancelScope
+) -> Optional[Failure]:
+    life, answer, decoder = run.life, run.answer, SSEDecoder()
+    # Undecoded where possible: a decompressor costs time and may hold tokens back.
+    portions = response.aiter_bytes() if "content-encoding" in response.headers else response.aiter_raw()
+    async for portion in portions:
+        now = anyio.current_time()
+        try:
+            events_data = decoder.feed(portion)
+        except EventTooLarge as error:
+            return broken(str(error))
+        for data in events_data:
+            if data == b"[DONE]":
+                return _end(answer, "the stream ended with [DONE]")
+            failure = _take_event(run, data, bare, now)
+            if failure is not None:
+                return failure
+        if decoder.comments != life.comments:
+            life.comments = decoder.comments
+            processed = run.server.progress_of_comment(decoder.comment)
+            if processed is not None:
+                life.progress(processed, now)
+        scope.deadline = life.deadline
+    for data in decoder.close():
+        if data != b"[DONE]":
+            failure = _take_event(run, data, bare, anyio.current_time())
+            if failure is not None:
+                return failure
+    return _end(answer, "the stream ended")
+
+
+def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Optional[Failure]:
+    """One event of a stream, or the one object of an answer that is none."""
+    answer, life = run.answer, run.life
+    try:
+        chunk = json.loads(data.decode("utf-8", "replace"))
+        if not isinstance(chunk, dict):
+            return None
+        if chunk.get("error"):
+            return failures.from_error_body(chunk, bare.request)
+        is_token, text = answer.add(chunk)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+        return broken(f"the stream holds something that is no chat chunk ({type(error).__name__}: {str(error)[:100]})")
+    if is_token:
+        life.token(now)
+        if text:
+            run.show(text)
+    elif life.phase is not Phase.DECODING:
+        processed = run.server.progress(chunk)
+        if processed is not None:
+            life.progress(processed, now)
+    if answer.finish_reason is not None:
+        life.finish(now)
+    return None
+
+
+def _take_whole(run: Run, text: str, bare: httpx.Response) -> Optional[Failure]:
+    """A server that ignores ``stream`` and answers with one JSON object."""
+    now, head = anyio.current_time(), text.lstrip()[:5]
+    if head.startswith("<"):
+        return Failure(
+            Kind.FATAL, errors.WrongAddress, f"{bare.request.url} answers with a web page",
+            "base_url must be the address of the OpenAI API; it usually ends in /v1.", "llm.base_url",
+        )  # fmt: skip
+    if head in ("data:", "event"):  # a stream under a wrong name
+        decoder = SSEDecoder()
+        data = [*decoder.feed(text.encode()), *decoder.close()]
+    else:
+        data = [text.encode()]
+    for event in data:
+        if event != b"[DONE]":
+            failure = _take_event(run, event, bare, now)
+            if failure is not None:
+                return failure
+    return _end(run.answer, "the answer ended")
+
+
+def _end(answer: Answer, how: str) -> Optional[Failure]:
+    """What the end of a stream means: only a finish_reason makes the answer whole."""
+    if answer.failed:
+        return broken(f"the server gave up: it ended the answer with the finish_reason '{answer.finish_reason}'")
+    if answer.finish_reason is not None:
+        return None
+    if answer.tokens:
+        return broken(f"{how} without a finish_reason: the answer is cut")
+    return broken(f"{how} without a token and without a finish_reason")
+
+
+def broken(what: str) -> Failure:
+    remedy = "Look at the server's own log: it may have crashed, or another request interrupted it."
+    return Failure(Kind.TRANSIENT, errors.IncompleteStream, what, remedy, "llm.local.retry.attempts")

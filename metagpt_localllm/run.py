@@ -1,0 +1,189 @@
+"""One call as it runs: what it was given, and what its steps share."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
+
+import anyio
+import httpx
+from tenacity import RetryCallState, wait_random_exponential
+
+from metagpt_localllm import events, latency, servers
+from metagpt_localllm.answer import Answer
+from metagpt_localllm.deadlines import Deadlines, plan_deadlines
+from metagpt_localllm.events import CallInfo
+from metagpt_localllm.failures import Failure
+from metagpt_localllm.history import history_of
+from metagpt_localllm.lifecycle import CallLife
+from metagpt_localllm.servers import Server
+from metagpt_localllm.settings import Backoff, LocalSettings
+from metagpt_localllm.tiers import Caller, choose_tier
+from metagpt_localllm.tokens import estimate_prompt
+from metagpt_localllm.transport import Endpoint
+
+__all__ = ["Call", "Prompt", "Run", "request_to"]
+
+#: The time-out that counts for a deadline that has none of its own.
+_ENDED_BY = {"progress": "first_token"}
+#: Prompt tokens between two signs of prefill progress, at the most (llama.cpp's default n_batch).
+_BATCH = 2048
+#: Seconds that a deadline has at the least in scaled time: this machine's own hiccups are not scaled.
+_LEAST_SCALED = 0.5
+
+_numbers = itertools.count(1)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that one call needs.
+
+    Attributes:
+        endpoint: the server and model.
+        settings: ``llm.local``.
+        body: the request in OpenAI's form, without ``stream``; ``max_tokens`` is the most wanted.
+        caller: who asks.
+        context_length: ``llm.context_length`` in tokens, or None.
+        attempt_cap: ``llm.timeout`` in seconds where the user set it.
+        call_timeout: limit of the whole call in seconds where its caller set one.
+        show: takes text as it comes.
+    """
+
+    endpoint: Endpoint
+    settings: LocalSettings
+    body: dict[str, Any]
+    caller: Caller
+    context_length: Optional[int] = None
+    attempt_cap: Optional[float] = None
+    call_timeout: Optional[float] = None
+    show: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request made ready: the same bytes for every attempt."""
+
+    content: bytes
+    messages: Sequence[Mapping[str, Any]]
+    tokens: int
+    max_tokens: int
+    estimate: int
+
+
+class Run:
+    """What the steps of one call share."""
+
+    def __init__(self, call: Call) -> None:
+        settings, endpoint, tools = call.settings, call.endpoint, call.body.get("tools")
+        self.call = call
+        self.server: Server = servers.UNKNOWN
+        self.history = history_of(endpoint)
+        self.estimate = estimate_prompt(call.body["messages"], tools)
+        self.tier = choose_tier(
+            settings.tiers, call.caller, model=endpoint.model, prompt_tokens=self.estimate, has_tools=bool(tools)
+        )
+        self.time_scale = _time_scale()
+        self.deadlines = plan_deadlines(settings.timeouts, self.tier, call.attempt_cap)
+        backoff = settings.retry.backoff
+        self.life = CallLife(
+            self.deadlines,
+            attempts=settings.retry.attempts,
+            wait_for_server=settings.retry.wait_for_server,
+            backoff=_full_jitter(backoff),
+            poll=(backoff.initial, backoff.max),
+            now=anyio.current_time(),
+            call_timeout=call.call_timeout,
+        )
+        self.info = CallInfo(next(_numbers), endpoint.model, call.caller, self.deadlines.tier)
+        self.answer = Answer()
+        self.shared_tokens = 0
+        self.counts = True  # until a count of the server's has failed
+        self.alone = False  # until the server has run out of the context that its slots share
+        self.death: Optional[Failure] = None  # the proof that the server has lost this request
+        self.scope = anyio.CancelScope(deadline=self.life.call_end)
+
+    def plan(self, prompt: Prompt) -> Deadlines:
+        """The deadlines of the next attempt, by what has been learned until now."""
+        estimator, now = self.history.estimator, anyio.current_time()
+        self.shared_tokens = self.history.shared_tokens(prompt.messages)
+        cached = estimator.cached_tokens(prompt.tokens, self.shared_tokens)
+        may_load = self.server.facts.loaded is not True and self.history.may_load(now)
+        new = prompt.tokens - cached
+        batch = min(new, _BATCH)
+        estimates = {
+            "first_token": estimator.first_token(new, cached_tokens=cached, may_load=may_load),
+            "progress": estimator.first_token(batch, cached_tokens=prompt.tokens - batch, may_queue=False),
+            "stall": estimator.stall(),
+            "total": estimator.total(new, prompt.max_tokens, cached_tokens=cached, may_load=may_load),
+        }
+        learned = {}
+        for name, limits in latency.DEFAULTS.items():
+            if self.time_scale != 1.0:
+                scale = self.time_scale
+                floor = max(limits.floor / scale, _LEAST_SCALED)
+                limits = latency.Limits(floor, limits.ceiling / scale, limits.cold / scale, limits.margin)
+            learned[name] = latency.deadline(name, estimates[name], limits, backoff=estimator.backoff(_ENDED_BY.get(name, name)))
+        call = self.call
+        return plan_deadlines(call.settings.timeouts, self.tier, call.attempt_cap, learned)
+
+    def show(self, text: str) -> None:
+        """Shows text to whoever streams. What goes wrong there (a console that cannot encode it) is no fault of the answer."""
+        try:
+            self.call.show(text)
+        except Exception:
+            _log.debug("the answer could not be shown", exc_info=True)
+
+    def give_up(self, failure: Failure) -> NoReturn:
+        """Ends the call with an error that says what happened, where, and what helps."""
+        life, answer = self.life, self.answer
+        elapsed = anyio.current_time() - life.started
+        attempts = self.call.settings.retry.attempts
+        where = f"{self.call.caller}, tier '{self.info.tier}', attempt {max(life.attempt, 1)} of {attempts}"
+        parts = [f"{failure.what} [{where}; {answer.tokens} tokens received; {elapsed:.1f} s in all]."]
+        if failure.remedy:
+            parts.append(failure.remedy)
+        if failure.setting:
+            parts.append(f"Setting in config2.yaml: {failure.setting}.")
+        message = " ".join(parts)
+        events.publish(events.Failed(self.info, life.attempt, failure.error.__name__, message, elapsed))
+        request = request_to(self.call.endpoint)
+        if isinstance(failure.cause, httpx.RequestError):
+            failure.cause.request = request  # httpx's own has the key and the prompt
+        raise failure.error(
+            message[:1].upper() + message[1:],
+            request=request,
+            response=failure.response,
+            partial=answer.content,
+            attempts=life.attempt,
+            setting=failure.setting,
+        ) from failure.cause
+
+
+def request_to(endpoint: Endpoint) -> httpx.Request:
+    return httpx.Request("POST", endpoint.address.rstrip("/") + "/chat/completions")
+
+
+def _time_scale() -> float:
+    """How many times faster than real the time of the server passes, for simulations: what ``auto`` means is divided by it."""
+    try:
+        scale = float(os.environ.get("METAGPT_LOCALLLM_TIME_SCALE", "1"))
+    except ValueError:
+        return 1.0
+    return scale if 0 < scale < math.inf else 1.0
+
+
+def _full_jitter(backoff: Backoff) -> Callable[[int], float]:
+    """A random pause up to initial × 2ⁿ (tenacity's wait_random_exponential)."""
+    wait = wait_random_exponential(multiplier=backoff.initial, max=backoff.max)
+
+    def pause(attempt: int) -> float:
+        state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]
+        state.attempt_number = attempt
+        return float(wait(state))
+
+    return pause
