@@ -9,7 +9,7 @@ from typing import Optional
 import anyio
 import httpx
 
-from metagpt_localllm import errors, failures
+from metagpt_localllm import errors, failures, servers
 from metagpt_localllm.answer import Answer
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import Phase
@@ -30,7 +30,8 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
     endpoint, answer, life = run.call.endpoint, run.answer, run.life
     timeout = httpx.Timeout(None, connect=run.deadlines.connect)
     with anyio.CancelScope(deadline=life.deadline) as scope:
-        watcher = asyncio.ensure_future(_watch(run, scope))
+        # A server that has not answered the first question is not asked others: they would only pile up there.
+        watcher = None if run.server is servers.UNKNOWN else asyncio.ensure_future(_watch(run, scope))
         try:
             async with client_for(endpoint).stream(
                 "POST", endpoint.chat_url, content=content, headers=endpoint.headers, timeout=timeout
@@ -47,7 +48,8 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             failure = failures.from_exception(error, endpoint.address, answer.tokens > 0)
         finally:
-            watcher.cancel()
+            if watcher is not None:
+                watcher.cancel()
     if scope.cancelled_caught:
         failure = run.death or life.expire(anyio.current_time())
     # What comes after the finish_reason (usage, [DONE]) is welcome, but the answer does not hang on it.

@@ -269,7 +269,7 @@ async def test_a_server_where_even_the_probe_hangs_gets_no_more_connections_than
     server = await asyncio.start_server(swallow, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     llm = create_llm_instance(
-        LLMConfig(api_type="local_llm", base_url=url, model="m", local={**FAST, "timeouts": {"first_token": 0.3}})
+        LLMConfig(api_type="local_llm", base_url=url, model="m", local={**FAST, "timeouts": {"first_token": 1.5}})
     )
     with pytest.raises(errors.FirstTokenTimeout):
         await llm.aask("hello")
