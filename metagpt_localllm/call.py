@@ -58,7 +58,7 @@ async def _until_whole(run: Run) -> Outcome:
     call, life = run.call, run.life
     if (await _identify(run)).hung:
         life.spend_attempt()
-    prompt = await prepare(run, run.server)
+    prompt = await prepare(run)
 
     while True:
         async with _turn(run):
@@ -96,7 +96,7 @@ async def _until_whole(run: Run) -> Outcome:
             servers.forget(call.endpoint, restarted=True)
             run.history.forget_prompts()
             await _identify(run)
-            prompt = await prepare(run, run.server)
+            prompt = await prepare(run)
         elif isinstance(step, SendAgain):
             events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, 0.0))
             if failure.kind is Kind.STRICT:
@@ -105,7 +105,7 @@ async def _until_whole(run: Run) -> Outcome:
                 learn(call, failure, prompt)
                 servers.forget(call.endpoint)
             await _identify(run)
-            prompt = await prepare(run, run.server)
+            prompt = await prepare(run)
 
     life.whole()
     run.show("\n")

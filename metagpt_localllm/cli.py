@@ -205,6 +205,7 @@ def _check_server(block: dict[str, Any]) -> _Finding:
     import asyncio
 
     from metagpt_localllm.servers import Ask, identify
+    from metagpt_localllm.servers.base import entries
     from metagpt_localllm.transport import Endpoint
 
     endpoint = Endpoint(
@@ -214,8 +215,7 @@ def _check_server(block: dict[str, Any]) -> _Finding:
     async def look() -> tuple[Ask, list[str], Any]:
         ask, names = Ask(endpoint), []
         try:
-            listed = await asyncio.wait_for(ask.json("./models"), 5)
-            names = [str(entry.get("id")) for entry in (listed or {}).get("data") or () if isinstance(entry, dict)]
+            names = [str(entry.get("id")) for entry in entries(await asyncio.wait_for(ask.models(), 5), "data")]
         except Exception as error:  # said below, in words
             return ask, [], error
         return ask, names, (await identify(endpoint, (block.get("local") or {}).get("server", "auto"))).server

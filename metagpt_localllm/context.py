@@ -41,9 +41,9 @@ def window_is_a_guess(call: Call) -> bool:
     )  # fmt: skip
 
 
-async def prepare(run: Run, server: Server) -> Prompt:
+async def prepare(run: Run) -> Prompt:
     """Fits the messages into the window less the reserve, and ``max_tokens`` into what remains."""
-    call, body = run.call, dict(run.call.body)
+    call, server, body = run.call, run.server, dict(run.call.body)
     window, scale = _window(call, server), servers.learned(call.endpoint).scale
     wanted = int(body.pop("max_tokens", None) or (window or DEFAULT_WINDOW) // 4)
     estimate, tokens = run.estimate, math.ceil(run.estimate * scale)
@@ -52,10 +52,10 @@ async def prepare(run: Run, server: Server) -> Prompt:
         configured = call.settings.context.reserve
         reserve = min(wanted, window // 4) if configured == "auto" else configured
         budget = window - reserve
-        counted = await _count(run, server, body)
+        counted = await _count(run, body)
         tokens = counted if counted is not None else tokens
         if tokens > budget:
-            fitted, tokens = await _trim(run, server, body, budget, tokens / estimate)
+            fitted, tokens = await _trim(run, body, budget, tokens / estimate)
             body["messages"] = fitted.messages
             estimate = estimate_prompt(fitted.messages, body.get("tools"))
             events.publish(
@@ -73,17 +73,17 @@ async def prepare(run: Run, server: Server) -> Prompt:
     return Prompt(content, body["messages"], tokens, body["max_tokens"], estimate)
 
 
-async def _count(run: Run, server: Server, body: Mapping[str, Any]) -> Optional[int]:
+async def _count(run: Run, body: Mapping[str, Any]) -> Optional[int]:
     """The server's own count; None where it does not count, or has just failed to."""
     if not run.counts:
         return None
-    counted = await servers.count_tokens(server, run.call.endpoint, body)
+    counted = await servers.count_tokens(run.server, run.call.endpoint, body)
     run.counts = counted is not None
     return counted
 
 
 async def _trim(
-    run: Run, server: Server, body: Mapping[str, Any], budget: int, scale: float
+    run: Run, body: Mapping[str, Any], budget: int, scale: float
 ) -> tuple[Fitted, int]:
     """Trims by the scaled estimate, and checks by the server's count where there is one."""
     frame = estimate_prompt([], body.get("tools"))
@@ -94,7 +94,7 @@ async def _trim(
 
         fitted = fit(body["messages"], budget - math.ceil(frame * scale), count)
         estimated = fitted.tokens + math.ceil(frame * scale)
-        counted = await _count(run, server, {**body, "messages": fitted.messages})
+        counted = await _count(run, {**body, "messages": fitted.messages})
         tokens = counted if counted is not None else estimated
         if tokens <= budget or not fitted.fits:
             break

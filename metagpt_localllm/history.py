@@ -42,7 +42,7 @@ class History:
 
     def sent(self, messages: Messages) -> None:
         """A prompt goes out."""
-        self._prompts.append(messages)
+        self._prompts.append(tuple(messages))  # aask_batch goes on with the same list
 
     def record(self, sample: Sample, now: float) -> None:
         """Learns from an attempt, for now and for later runs."""

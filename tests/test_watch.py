@@ -265,6 +265,20 @@ async def test_what_was_learned_is_there_in_the_next_run(simulator, ask, fast_ti
     assert "of 1 call" in [event for event in seen if isinstance(event, events.Sent)][-1].why["first_token"]
 
 
+def test_a_list_that_grows_after_it_was_sent_shares_only_what_was_sent(tmp_path):
+    from metagpt_localllm.history import History
+    from metagpt_localllm.state import State
+    from metagpt_localllm.tokens import estimate_message
+    from metagpt_localllm.transport import Endpoint
+
+    known = History(Endpoint("http://a/v1", "m"), State(tmp_path / "x.db"))
+    messages = [{"role": "user", "content": "one two three"}]
+    known.sent(messages)
+    first = estimate_message(messages[0])
+    messages.append({"role": "assistant", "content": "four five six"})
+    assert known.shared_tokens(messages) == first
+
+
 async def test_ten_roles_at_one_slot_wait_on_our_side_and_none_times_out(simulator, ask):
     seen = []
     unsubscribe = events.subscribe(seen.append)

@@ -173,8 +173,9 @@ class Server:
     lists: ClassVar[bool] = True
     usual_window: ClassVar[Optional[int]] = None
 
-    def __init__(self, facts: Optional[Facts] = None) -> None:
+    def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
         self.facts = facts or Facts()
+        self._model = model
 
     @property
     def places(self) -> int:

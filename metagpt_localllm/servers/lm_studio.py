@@ -15,10 +15,6 @@ class LMStudio(Server):
     name: ClassVar[str] = "lmstudio"
     watchable: ClassVar[bool] = True
 
-    def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
-        super().__init__(facts)
-        self._model = model
-
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
         return any(entry.get("owned_by") == "organization_owner" for entry in entries(models, "data"))

@@ -22,10 +22,6 @@ class Ollama(Server):
     name: ClassVar[str] = "ollama"
     watchable: ClassVar[bool] = True
 
-    def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
-        super().__init__(facts)
-        self._model = model
-
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
         return any(entry.get("owned_by") == "library" for entry in entries(models, "data"))
