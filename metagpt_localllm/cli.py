@@ -97,11 +97,13 @@ def demo(
 
 
 class _FaultKindsInHelp(click.Command):
-    """Puts the kinds of faults below the options, read from where they are defined."""
+    """Puts the kinds of faults and the ways of long prompts below the options, read from where they are defined."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from metagpt_localllm.simulator.faults import KINDS
+        from metagpt_localllm.simulator import KINDS, TOO_LONG
 
+        with formatter.section("A prompt over the context"):
+            formatter.write_dl([(way, what) for way, what in TOO_LONG.items() if way])
         with formatter.section("Faults"):
             formatter.write_dl(sorted(KINDS.items()))
         super().format_epilog(ctx, formatter)
@@ -120,6 +122,10 @@ class _FaultKindsInHelp(click.Command):
               help="Answer tokens per second.")  # fmt: skip
 @click.option("--load-time", default="0s", show_default=True, help="Until the model is loaded, e.g. 90s or 2m.")
 @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Requests served at once.")
+@click.option("--too-long", metavar="WAY",
+              help="What becomes of a prompt over the context, see below. [default: as the dialect does]")  # fmt: skip
+@click.option("--tells-window/--hides-window", default=True, show_default=True,
+              help="Whether it says how large its context is.")  # fmt: skip
 @click.option("--fault", "faults", multiple=True, metavar="TEXT", help="A fault, see below; may be repeated.")
 def simulate(**options: Any) -> None:
     """Serve a simulated slow model on an OpenAI-compatible address until Ctrl-C."""

@@ -67,17 +67,18 @@ class Failure:
 _OVERFLOW = re.compile(
     r"exceed_context_size_error|context_length_exceeded|exceeds the available context size|maximum context length"
     r"|longer than the context length|tokens to keep from the initial prompt|Trying to keep the first"
-    r"|too big compared to KV size|exceed context window|reached context length",
+    r"|too big compared to KV size|exceed context window|reached context length|does not fit in context length"
+    r"|context size has been exceeded",
     re.IGNORECASE,
 )
 _WINDOW = re.compile(
     r"n_ctx\W{1,6}(\d+)|available context size \((\d+)|maximum context length (?:is|of) (\d+)"
-    r"|context length of only (\d+)",
+    r"|context length of only (\d+)|context length only supports (\d+)",
     re.IGNORECASE,
 )
 _PROMPT = re.compile(
     r"n_prompt_tokens\W{1,6}(\d+)|n_keep\W{1,6}(\d+)|prompt contains (?:at least )?(\d+) input|request \((\d+) tokens"
-    r"|\((\d+) in the messages|Trying to keep the first (\d+) tokens",
+    r"|\((\d+) in the messages|Trying to keep the first (\d+) tokens|The input has (\d+) tokens",
     re.IGNORECASE,
 )
 _UNKNOWN_FIELD = re.compile(

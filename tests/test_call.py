@@ -151,9 +151,11 @@ async def test_a_prompt_too_long_is_trimmed_to_the_servers_own_count(simulator, 
     assert trimmed.dropped_messages == len(chat) - len(sent["messages"]) > 0
 
 
-async def test_an_overflow_teaches_the_window_and_is_sent_once_more(simulator, ask):
+@pytest.mark.parametrize("too_long", ["refused", "reported"])
+async def test_an_overflow_teaches_the_window_and_is_sent_once_more(simulator, ask, too_long):
     # A server that does not say how large its window is until it is exceeded.
-    async with simulator(dialect="lmstudio", machine=Machine(1e6, 1e6, context=1000)) as server:
+    machine = Machine(1e6, 1e6, context=1000)
+    async with simulator(dialect="lmstudio", machine=machine, too_long=too_long, tells_window=False) as server:
         settings = {"context": {"window": 8000}}
         outcome = await complete(ask(server, "first. " + "lorem ipsum dolor " * 300 + " last.", settings))
     assert outcome.text == WORDS and server.stats.requests == 2

@@ -51,6 +51,10 @@ TABLE = [
     (400, {"error": {"message": "Trying to keep the first 9000 tokens when context the overflows. However, the model is "
                                 "loaded with context length of only 4096 tokens"}}, Kind.OVERFLOW,
      errors.ContextOverflow, (4096, 9000)),
+    (400, {"error": {"message": "Input does not fit in context length. The input has 31430 tokens, but the context "
+                                "length only supports 30000 tokens."}}, Kind.OVERFLOW, errors.ContextOverflow,
+     (30000, 31430)),
+    (400, {"error": "Context size has been exceeded."}, Kind.OVERFLOW, errors.ContextOverflow, (None, None)),
     (400, {"error": "Model is unloaded."}, Kind.TRANSIENT, errors.ServerFailed, (None, None)),
     (400, {"error": "The model has crashed without additional information. (Exit code: 6)"}, Kind.TRANSIENT,
      errors.ServerFailed, (None, None)),

@@ -6,7 +6,10 @@ import json
 import httpx
 import pytest
 
-from metagpt_localllm.simulator import Answer, Fault, Machine, parse_fault
+from metagpt_localllm.failures import Kind, from_error_body, from_response
+from metagpt_localllm.simulator import DIALECTS, Answer, Fault, Machine, Simulator, parse_fault
+from metagpt_localllm.simulator.dialects import clip
+from metagpt_localllm.simulator.machine import render
 
 
 async def post(server, text="hello", **body):
@@ -49,18 +52,116 @@ async def test_one_slot_serves_one_request_after_another(simulator):
     assert two - one > 0.1
 
 
-@pytest.mark.parametrize("dialect, word", [("llama.cpp", "exceed_context_size_error"), ("vllm", "maximum context length"),
-                                           ("lmstudio", "n_keep")])  # fmt: skip
+SMALL = Machine(1e6, 1e6, context=100)
+
+
+@pytest.mark.parametrize("dialect, word", [
+    ("llama.cpp", "exceed_context_size_error"), ("vllm", "maximum context length"), ("lmstudio", "n_keep"),
+    ("ollama", "exceed_context_size_error"), ("llama-cpp-python", "context_length_exceeded"),
+])  # fmt: skip
 async def test_a_prompt_over_the_context_is_refused_in_the_servers_words(simulator, dialect, word):
-    async with simulator(dialect=dialect, machine=Machine(1e6, 1e6, context=100)) as server:
+    async with simulator(dialect=dialect, machine=SMALL, too_long="refused") as server:
         response = await post(server, "word " * 200)
     assert response.status_code == 400 and word in response.text
+    failure = from_response(response, response.text)
+    assert (failure.kind, failure.window) == (Kind.OVERFLOW, 100) and failure.prompt_tokens > 200
 
 
-async def test_ollama_cuts_a_long_prompt_silently(simulator):
-    async with simulator(dialect="ollama", machine=Machine(1e6, 1e6, context=100)) as server:
-        response = await post(server, "word " * 200)
-    assert response.status_code == 200 and response.json()["usage"]["prompt_tokens"] <= 100
+def turns(*texts):
+    """A chat of a system's message and those of a user."""
+    roles = ["system", *["user"] * len(texts)]
+    return [{"role": role, "content": text} for role, text in zip(roles, ["be brief", *texts])]
+
+
+async def test_ollama_drops_the_oldest_messages_and_never_the_systems_nor_the_last(simulator):
+    seen = []
+
+    def note(messages, _tools):
+        seen.append([message["content"] for message in messages])
+        return Answer("ok")
+
+    texts = [f"{name} " + "word " * 20 for name in ("a", "b", "c", "d")]
+    async with simulator(dialect="ollama", machine=SMALL, answer=note) as server:
+        usage = (await post(server, messages=turns(*texts))).json()["usage"]
+        assert seen == [["be brief", *texts[1:]]]
+        assert usage["prompt_tokens"] == len(render(turns(*texts[1:]))) < 100
+        await post(server, messages=turns(*texts[:3], "word " * 200))
+    assert seen[1] == ["be brief", "word " * 200]
+
+
+@pytest.mark.parametrize("context, too_long, left", [(100, None, 52), (4096, None, 2050), (4096, "clipped", 4096)])
+async def test_ollama_cuts_a_long_message_down_to_half_the_context(simulator, context, too_long, left):
+    machine = Machine(1e6, 1e6, context=context)
+    async with simulator(dialect="ollama", machine=machine, too_long=too_long) as server:
+        response = await post(server, "word " * 2 * context)
+    assert response.status_code == 200 and response.json()["usage"]["prompt_tokens"] == left
+
+
+@pytest.mark.parametrize("halved, fits", [(True, 99), (False, 100)])
+def test_what_is_left_of_a_prompt_is_its_first_four_tokens_and_its_end(halved, fits):
+    tokens = [str(n) for n in range(300)]
+    left = clip(tokens, 100, halved=halved)
+    assert left[:4] == tokens[:4] and left[4:] == tokens[-len(left) + 4 :] and len(left) <= 100
+    assert clip(tokens[:fits], 100, halved=halved) == tokens[:fits]
+
+
+async def test_lm_studio_leaves_a_long_prompt_without_a_token(simulator):
+    async with simulator(dialect="lmstudio", machine=SMALL) as server:
+        whole = (await post(server, "word " * 200)).json()
+        streamed = (await post(server, "word " * 200, stream=True, stream_options={"include_usage": True})).text
+    assert (whole["choices"][0]["message"]["content"], whole["choices"][0]["finish_reason"]) == ("", "stop")
+    assert whole["usage"]["prompt_tokens"] > 200 and whole["usage"]["completion_tokens"] == 0
+    events = [line[6:] for line in streamed.splitlines() if line]
+    assert events[-1] == "[DONE]" and json.loads(events[0])["choices"][0]["finish_reason"] == "stop"
+    assert "error" not in streamed and json.loads(events[1])["usage"] == whole["usage"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_lm_studio_may_report_a_long_prompt_in_a_200(simulator, stream):
+    async with simulator(dialect="lmstudio", machine=SMALL, too_long="reported") as server:
+        response = await post(server, "word " * 200, stream=stream)
+    assert response.status_code == 200
+    text = response.text
+    if stream:
+        assert text.startswith("event: error\ndata: ") and "[DONE]" not in text
+        text = text.split("data: ")[1]
+    failure = from_error_body(json.loads(text), response.request)
+    assert (failure.kind, failure.window) == (Kind.OVERFLOW, 100) and failure.prompt_tokens > 200
+
+
+@pytest.mark.parametrize("dialect, too_long", [("llama-cpp-python", None), ("lmstudio", "broken")])
+async def test_a_stream_may_end_without_a_word_for_a_long_prompt(simulator, dialect, too_long):
+    async with simulator(dialect=dialect, machine=SMALL, too_long=too_long) as server:
+        streamed, whole = await post(server, "word " * 200, stream=True), await post(server, "word " * 200)
+    assert (streamed.status_code, streamed.content, whole.status_code) == (200, b"", 400)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_the_fault_truncate_strikes_only_a_prompt_over_the_context(simulator, dialect):
+    async with simulator(Fault("truncate", times=None), dialect=dialect, machine=SMALL) as server:
+        short = (await post(server, "word " * 10, max_tokens=5)).json()
+        long = (await post(server, "word " * 200, max_tokens=5)).json()
+    assert short["usage"]["prompt_tokens"] < 60 and short["choices"][0]["message"]["content"]
+    blank = dialect == "lmstudio"
+    assert bool(long["choices"][0]["message"]["content"]) != blank
+    assert (long["usage"]["prompt_tokens"] > 200) if blank else (long["usage"]["prompt_tokens"] == 52)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_server_may_hide_its_window(simulator, dialect):
+    machine = Machine(1e6, 1e6, context=7777)
+    async with simulator(dialect=dialect, machine=machine, tells_window=False) as server:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            root = server.base_url[:-3]
+            paths = ("/v1/models", "/props", "/slots", "/api/ps", "/api/v1/models", "/v1/model", "/upstream/m/props")
+            told = [(await client.get(root + path)).text for path in paths]
+            told.append((await client.post(root + "/tokenize", json={"messages": []})).text)
+    assert "7777" not in "".join(told)
+
+
+def test_an_unknown_way_of_long_prompts_is_refused():
+    with pytest.raises(ValueError, match="blank"):
+        Simulator(too_long="balnk")
 
 
 async def test_work_for_a_client_that_goes_away_is_counted_as_waste(simulator):

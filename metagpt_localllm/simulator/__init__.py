@@ -8,7 +8,7 @@ a desktop, and a time scale that makes minutes of it pass in seconds::
 """
 
 from metagpt_localllm.simulator.answers import Answer
-from metagpt_localllm.simulator.dialects import DIALECTS
+from metagpt_localllm.simulator.dialects import DIALECTS, TOO_LONG
 from metagpt_localllm.simulator.faults import KINDS, Fault, parse_fault
 from metagpt_localllm.simulator.machine import Machine, Stats
 from metagpt_localllm.simulator.server import Simulator, SimulatorThread, serve
@@ -16,6 +16,7 @@ from metagpt_localllm.simulator.server import Simulator, SimulatorThread, serve
 __all__ = [
     "DIALECTS",
     "KINDS",
+    "TOO_LONG",
     "Answer",
     "Fault",
     "Machine",

@@ -1,11 +1,12 @@
 """What tells the servers that people run apart: what each answers beside the chat, and how each chats.
 
 As observed or read in the servers' code: llama.cpp b11549, Ollama 0.33, vLLM 0.32, llama-cpp-python 0.3.36, mlx-lm
-0.32, transformers 5.23, and SGLang, TabbyAPI and llama-swap (source only); LM Studio from its documentation.
+0.32, transformers 5.23, and SGLang, TabbyAPI and llama-swap (source only); LM Studio from its documentation and issues.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence
@@ -13,7 +14,24 @@ from urllib.parse import parse_qs, unquote
 
 from metagpt_localllm.simulator.machine import Machine, render, tokenize
 
-__all__ = ["DIALECTS", "DIALECTS_BY_NAME", "Dialect", "Job", "State", "about", "overflow", "prompt_of", "refusal"]
+__all__ = [
+    "DIALECTS", "DIALECTS_BY_NAME", "TOO_LONG", "Dialect", "Job", "State", "about", "clip", "left_by_ollama",
+    "overflow", "prompt_of", "refusal",
+]  # fmt: skip
+
+#: What a server may do with a prompt over the context.
+TOO_LONG = {
+    "refused": "a 400",
+    "sum": "a 400, also when it is only too long together with max_tokens",
+    "cut": "its middle is left out without a word, and half the context remains (Ollama 0.33)",
+    "clipped": "likewise, and the whole context remains (Ollama before 0.30)",
+    "blank": "a 200 with its finish_reason and usage, and no token (LM Studio, llama.cpp's engine)",
+    "broken": "a 400, and a 200 without a word in a stream (llama-cpp-python)",
+    "reported": "a 200 with the error in it (LM Studio 0.4.21)",
+    "": "nothing: no context is checked",
+}
+#: Tokens in front that Ollama keeps (num_keep).
+_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,7 @@ class Dialect:
         continues: an assistant's message at the end: "always" continued, only when "asked", by a "prefix" beside the
             messages, or never ("").
         repeats: whether a continued answer has the beginning in front again where it is not streamed.
-        too_long: a prompt over the context: "refused", with max_tokens ("sum") perhaps; "cut" silently; "broken", a 200
-            without a word, in a stream; or not even checked ("").
+        too_long: what becomes of a prompt over the context, one of TOO_LONG.
         strict: fields that it refuses with 422.
         interrupted: whether a second request for the model ends the stream that runs.
         stops: whether a client that leaves stops the work: "both", or only a "stream".
@@ -73,7 +90,7 @@ DIALECTS_BY_NAME: Mapping[str, Dialect] = {
         Dialect("llama.cpp-router", "llamacpp", loads_on_demand=True, **_LLAMA_CPP),
         Dialect("llama-swap", "llama-swap", loads_on_demand=True, **_LLAMA_CPP),
         Dialect("ollama", "library", early=False, cached=False, too_long="cut", loads_on_demand=True, aborts_load=True),
-        Dialect("lmstudio", "organization_owner", loads_on_demand=True),
+        Dialect("lmstudio", "organization_owner", too_long="blank", loads_on_demand=True),
         Dialect("vllm", "vllm", **_VLLM),
         Dialect("sglang", "sglang", **_VLLM),
         Dialect("tabbyapi", "tabbyAPI", **{**_VLLM, "continues": "prefix"}),
@@ -113,12 +130,18 @@ class State:
         model: its model.
         loaded: "no", "loading" or "yes".
         jobs: in its slots.
+        tells_window: whether it says how large its context is.
     """
 
     machine: Machine
     model: str
     loaded: str
     jobs: Sequence[Job]
+    tells_window: bool = True
+
+    def window(self, key: str) -> dict[str, int]:
+        """The field that tells the context in tokens, where it does."""
+        return {key: self.machine.context} if self.tells_window else {}
 
 
 def about(dialect: Dialect, target: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
@@ -148,15 +171,15 @@ def _models(dialect: Dialect, state: State) -> Any:
     entry: dict[str, Any] = {"id": state.model, "object": "model", "created": 0}
     if dialect.owner is not None:
         entry["owned_by"] = dialect.owner
-    name, context = dialect.name, state.machine.context
+    name = dialect.name
     if name == "llama.cpp":
-        entry.update(meta={"n_ctx": context, "n_ctx_train": 16384, "ftype": "Q4_K - Medium"})
+        entry.update(meta={**state.window("n_ctx"), "n_ctx_train": 16384, "ftype": "Q4_K - Medium"})
     elif name in ("llama.cpp-router", "llama-swap"):
         entry.update(status={"value": {"yes": "loaded", "no": "unloaded"}.get(state.loaded, "loading")})
         if name == "llama.cpp-router" and state.loaded == "yes":
-            entry.update(meta={"n_ctx": context, "n_ctx_train": 16384})
+            entry.update(meta={**state.window("n_ctx"), "n_ctx_train": 16384})
     elif name in ("vllm", "sglang"):
-        entry.update(max_model_len=context, root=state.model)
+        entry.update(**state.window("max_model_len"), root=state.model)
     elif name == "llama-cpp-python":
         entry.update(permissions=[])
     if name == "transformers":
@@ -172,7 +195,7 @@ def _llama_cpp(path: str, body: Mapping[str, Any], state: State) -> Optional[Any
     machine = state.machine
     if path == "/props":
         return {
-            "default_generation_settings": {"params": {}, "n_ctx": machine.context},
+            "default_generation_settings": {"params": {}, **state.window("n_ctx")},
             "total_slots": machine.slots,
             "model_alias": state.model,
             "model_ftype": "Q4_K - Medium",
@@ -183,7 +206,7 @@ def _llama_cpp(path: str, body: Mapping[str, Any], state: State) -> Optional[Any
     if path == "/slots":
         slots: list[dict[str, Any]] = []
         for number in range(machine.slots):
-            slot: dict[str, Any] = {"id": number, "n_ctx": machine.context, "is_processing": number < len(state.jobs)}
+            slot: dict[str, Any] = {"id": number, **state.window("n_ctx"), "is_processing": number < len(state.jobs)}
             if number < len(state.jobs):
                 job = state.jobs[number]
                 slot.update(
@@ -219,22 +242,23 @@ def _llama_swap(path: str, body: Mapping[str, Any], state: State) -> Optional[An
 def _ollama(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     details = {"format": "gguf", "family": "llama", "parameter_size": "34B", "quantization_level": "Q4_K_M"}
     if path == "/api/version":
-        return {"version": "0.33.0"}
+        return {"version": "0.33.0" if state.tells_window else "0.9.6"}
     if path == "/api/show" and body.get("model") == state.model:
         info = {"general.architecture": "llama", "llama.context_length": 16384}
         return {"details": details, "model_info": info, "capabilities": ["completion"]}
     if path == "/api/ps":
         entry: dict[str, Any] = {"name": state.model, "model": state.model, "details": details, "size": 20_000_000_000}
         if state.loaded == "loading":
-            entry.update(size_vram=0, expires_at=f"{time.time() + 300:.6f}")
+            none_yet = dict.fromkeys(state.window("context_length"), 0)
+            entry.update(size_vram=0, expires_at=f"{time.time() + 300:.6f}", **none_yet)
         elif state.loaded == "yes":
-            entry.update(size_vram=10_000_000_000, expires_at="2026-01-01T00:00:00Z", context_length=state.machine.context)
+            entry.update(size_vram=10_000_000_000, expires_at="2026-01-01T00:00:00Z", **state.window("context_length"))
         return {"models": [entry] if state.loaded != "no" else []}
     return None
 
 
 def _lm_studio(path: str, _body: Mapping[str, Any], state: State) -> Optional[Any]:
-    if path != "/api/v1/models":
+    if path != "/api/v1/models" or not state.tells_window:
         return None
     config = {"context_length": state.machine.context, "parallel": state.machine.slots}
     instances = [{"id": state.model, "config": config}] if state.loaded == "yes" else []
@@ -246,7 +270,7 @@ def _lm_studio(path: str, _body: Mapping[str, Any], state: State) -> Optional[An
 def _vllm(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     if path == "/tokenize":
         tokens = _rendered(body)
-        return {"count": len(tokens), "max_model_len": state.machine.context, "tokens": list(range(len(tokens)))}
+        return {"count": len(tokens), **state.window("max_model_len"), "tokens": list(range(len(tokens)))}
     if path == "/version":
         return {"version": "0.32.0"}
     return _health(path, body, state)
@@ -254,7 +278,7 @@ def _vllm(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
 
 def _tabby(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     if path == "/v1/model":
-        parameters = {"max_seq_len": state.machine.context, "max_batch_size": state.machine.slots, "use_vision": False}
+        parameters = {**state.window("max_seq_len"), "max_batch_size": state.machine.slots, "use_vision": False}
         return {"id": state.model, "owned_by": "tabbyAPI", "parameters": parameters, "meta": {"n_ctx_train": 16384}}
     return _health(path, body, state)
 
@@ -295,26 +319,61 @@ def refusal(dialect: Dialect, body: Mapping[str, Any]) -> Optional[tuple[int, di
     return None
 
 
+def left_by_ollama(body: Mapping[str, Any], context: int) -> Mapping[str, Any]:
+    """The request without the oldest messages, as many as it takes to fit; the system's and the last one always stay.
+
+    (server/prompt.go, chatPrompt; the tools stay too.)
+    """
+    messages: list[Mapping[str, Any]] = list(body.get("messages") or [])
+    for first in range(len(messages)):
+        kept = [message for message in messages[:first] if message.get("role") == "system"] + messages[first:]
+        if first == len(messages) - 1 or len(render(kept, body.get("tools"))) <= context:
+            return {**body, "messages": kept}
+    return body
+
+
+def clip(tokens: list[str], context: int, *, halved: bool) -> list[str]:
+    """A prompt that fills the context without its middle: its first four tokens and its end.
+
+    ``halved``: half the context remains (of 4,096 tokens 2,050), which leaves room for an answer: Ollama 0.33
+    (llm/llama_server.go, completionPromptForRequest). Before 0.30 the whole context remained (runner.go, NewSequence).
+    """
+    if len(tokens) < context or (len(tokens) == context and not halved):
+        return tokens
+    keep = min(_KEPT, context - 1)
+    size = context - (context - keep) // 2 if halved else context
+    return tokens[:keep] + tokens[len(tokens) - (size - keep) :]
+
+
 def overflow(dialect: Dialect, prompt: int, wanted: int, context: int) -> Optional[dict[str, Any]]:
     """The error body for a prompt that does not fit, in the words of each server."""
-    if dialect.too_long == "sum" and prompt + wanted > context:
+    if not dialect.too_long or prompt + (wanted if dialect.too_long == "sum" else 1) <= context:
+        return None
+    if dialect.name in ("vllm", "sglang", "tabbyapi"):
         message = (
             f"This model's maximum context length is {context} tokens. However, you requested {wanted} output tokens and "
             f"your prompt contains {prompt} input tokens, for a total of {prompt + wanted} tokens."
         )
         return {"error": {"message": message, "type": "BadRequestError", "param": "input_tokens", "code": 400}}
-    if prompt < context or not dialect.too_long:
-        return None
-    if dialect.too_long == "broken":
+    if dialect.name == "llama-cpp-python":
         message = (
             f"This model's maximum context length is {context} tokens. However, you requested {prompt + wanted} tokens "
             f"({prompt} in the messages, {wanted} in the completion)."
         )
         return {"error": {"message": message, "type": "invalid_request_error", "param": "messages",
                           "code": "context_length_exceeded"}}  # fmt: skip
+    if dialect.name == "lmstudio" and dialect.too_long == "reported":
+        message = (
+            f"Input does not fit in context length. The input has {prompt} tokens, but the context length only "
+            f"supports {context} tokens."
+        )
+        return {"error": {"message": message}, "message": message}
     if dialect.name == "lmstudio":
         return {"error": "The number of tokens to keep from the initial prompt is greater than the context length "
                          f"(n_keep: {prompt}>= n_ctx: {context})."}  # fmt: skip
     message = f"request ({prompt} tokens) exceeds the available context size ({context} tokens), try increasing it"
-    return {"error": {"code": 400, "message": message, "type": "exceed_context_size_error",
-                      "n_prompt_tokens": prompt, "n_ctx": context}}  # fmt: skip
+    error = {"error": {"code": 400, "message": message, "type": "exceed_context_size_error",
+                       "n_prompt_tokens": prompt, "n_ctx": context}}  # fmt: skip
+    if dialect.name == "ollama":  # where the model has llama.cpp's own template
+        return {"error": {"message": json.dumps(error), "type": "invalid_request_error", "param": None, "code": None}}
+    return error

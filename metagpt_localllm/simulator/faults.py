@@ -29,7 +29,7 @@ KINDS = {
     "html": "answers 504 with a page of HTML, as a proxy does",
     "reset": "resets the connection before any answer",
     "refuse": "crashes, refuses connections for a while, and then loads its model again",
-    "truncate": "silently leaves out the middle of a long prompt, as Ollama does",
+    "truncate": "cuts a prompt over the context without a word, as Ollama does (lmstudio: a blank answer)",
 }
 
 

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import replace
 from typing import Any, AsyncIterator, Callable, Iterable, Mapping, Optional, Sequence
 
 import h11
@@ -19,9 +20,12 @@ from metagpt_localllm.simulator.answers import Answer
 from metagpt_localllm.simulator.dialects import (
     DIALECTS,
     DIALECTS_BY_NAME,
+    TOO_LONG,
     Job,
     State,
     about,
+    clip,
+    left_by_ollama,
     overflow,
     prompt_of,
     refusal,
@@ -53,6 +57,9 @@ class Simulator:
         api_key: demanded of every request when given.
         host: address to bind.
         port: to bind; 0 takes a free one.
+        too_long: what becomes of a prompt over the context, one of dialects.TOO_LONG; None for what the dialect does.
+        tells_window: whether it says how large its context is. If not, it is as Ollama before 0.10, as LM Studio
+            without an API of its own (``/api``), and as the others in old versions or behind a proxy.
 
     Attributes:
         stats: what it has done.
@@ -61,7 +68,7 @@ class Simulator:
         faults: the script; may be changed while it runs.
 
     Raises:
-        ValueError: an unknown dialect.
+        ValueError: an unknown dialect, or ``too_long``.
     """
 
     def __init__(
@@ -76,12 +83,18 @@ class Simulator:
         api_key: Optional[str] = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        too_long: Optional[str] = None,
+        tells_window: bool = True,
     ) -> None:
         if dialect not in DIALECTS:
             raise ValueError(f"there is no dialect '{dialect}'; known are {', '.join(DIALECTS)}")
+        if too_long is not None and too_long not in TOO_LONG:
+            raise ValueError(f"a prompt cannot be '{too_long}'; known are {', '.join(filter(None, TOO_LONG))}")
         self.machine = machine or Machine()
         self.dialect, self.model, self.scale = dialect, model, scale
-        self.manner = DIALECTS_BY_NAME[dialect]
+        manner = DIALECTS_BY_NAME[dialect]
+        self.manner = manner if too_long is None else replace(manner, too_long=too_long)
+        self.tells_window = tells_window
         self.faults = list(faults)
         self.stats = Stats()
         self.requests: list[dict[str, Any]] = []
@@ -305,7 +318,8 @@ class _Exchange:
         if path == "/api/generate" and sim.dialect == "ollama":
             await self._preload()
             return
-        answer = about(sim.manner, target, self._json(), State(sim.machine, sim.model, sim._loaded(), sim._jobs))
+        state = State(sim.machine, sim.model, sim._loaded(), sim._jobs, sim.tells_window)
+        answer = about(sim.manner, target, self._json(), state)
         if answer is not None:
             await self._interrupt()
             await self._reply(200, answer)
@@ -361,25 +375,28 @@ class _Exchange:
             await self._reply(*refused)
             return
         sim.demand()
+        context = sim.machine.context
+        if fault and fault.kind == "truncate" and manner.too_long not in ("cut", "clipped"):
+            manner = replace(manner, too_long="blank" if sim.dialect == "lmstudio" else "cut")
+        cuts = manner.too_long in ("cut", "clipped")
+        if cuts or sim.dialect == "ollama":
+            body = dict(left_by_ollama(body, context))
         prompt, partial = prompt_of(manner, body)
-        wanted = body.get("max_tokens") or body.get("max_completion_tokens") or sim.machine.context
-        if manner.too_long != "cut" and not (fault and fault.kind == "truncate"):
-            error = overflow(manner, len(prompt), int(wanted), sim.machine.context)
-            if error is not None and manner.too_long == "broken" and body.get("stream"):
-                await self._start_stream()
-                await self._end()
-                return
-            if error is not None:
-                await self._reply(400, error)
-                return
-        elif len(prompt) > sim.machine.context:
-            half = sim.machine.context // 4
-            prompt = prompt[:half] + prompt[-half:]
+        if cuts:
+            prompt = clip(prompt, context, halved=manner.too_long == "cut")
+        wanted = body.get("max_tokens") or body.get("max_completion_tokens") or context
+        error = None if cuts else overflow(manner, len(prompt), int(wanted), context)
+        if error is not None and manner.too_long != "blank":
+            await self._refuse(error, manner.too_long, bool(body.get("stream")))
+            return
         await self._interrupt()
         self.deaf = manner.stops == "stream" and not body.get("stream")
         done = [0, 0]
         try:
             await self._load()
+            if error is not None:
+                await self._leave_blank(body, len(prompt))
+                return
             async with self._slot():
                 await self._generate(body, prompt, partial, fault, done)
         except (_ClientGone, ConnectionError):
@@ -388,6 +405,31 @@ class _Exchange:
             raise
         finally:
             self.deaf = False
+
+    async def _refuse(self, error: Mapping[str, Any], how: str, stream: bool) -> None:
+        """Says that the prompt does not fit, the way that ``how`` of TOO_LONG names."""
+        if not stream or how not in ("broken", "reported"):
+            await self._reply(200 if how == "reported" else 400, error)
+            return
+        await self._start_stream()
+        if how == "reported":
+            event = f"event: error\ndata: {json.dumps(error)}\n\n"
+            await self._send(self.http.send(h11.Data(data=event.encode())))
+        await self._end()
+
+    async def _leave_blank(self, body: Mapping[str, Any], prompt: int) -> None:
+        """An answer like any other, but for its tokens: there are none (lmstudio-bug-tracker #2339)."""
+        totals = {"usage": {"prompt_tokens": prompt, "completion_tokens": 0, "total_tokens": prompt}}
+        if not body.get("stream"):
+            await self._reply(200, _whole(self.sim.model, Answer(), "", "stop", totals))
+            return
+        await self._start_stream()
+        chunk = _chunker(self.sim.model)
+        await self._event(chunk({}, "stop"))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await self._event({**chunk(None), **totals})
+        await self._event("[DONE]")
+        await self._end()
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -618,18 +660,21 @@ class SimulatorThread:
 
 def serve(
     *, dialect: str, model: str, port: int, scale: float, context: int, prefill_speed: float, decode_speed: float,
-    load_time: float, slots: int, faults: Sequence[str] = (),
+    load_time: float, slots: int, faults: Sequence[str] = (), too_long: Optional[str] = None, tells_window: bool = True,
 ) -> None:  # fmt: skip
     """Serves until Ctrl-C and then says what was done; durations in seconds.
 
     Raises:
-        ValueError: an unknown dialect or fault.
+        ValueError: an unknown dialect, fault or ``too_long``.
     """
     machine = Machine(prefill_speed, decode_speed, load_time, slots, context)
     script = [parse_fault(text) for text in faults]
 
     async def run() -> None:
-        async with Simulator(machine, dialect=dialect, model=model, port=port, scale=scale, faults=script) as simulator:
+        async with Simulator(
+            machine, dialect=dialect, model=model, port=port, scale=scale, faults=script, too_long=too_long,
+            tells_window=tells_window,
+        ) as simulator:  # fmt: skip
             print(f"simulated {dialect} server: {simulator.base_url}  (model {model}; Ctrl-C ends it)", flush=True)
             try:
                 await asyncio.sleep(_FOREVER)
