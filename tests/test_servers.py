@@ -20,7 +20,7 @@ from contract import (
 from metagpt_localllm import servers
 from metagpt_localllm.call import complete
 from metagpt_localllm.servers import KINDS
-from metagpt_localllm.servers.base import Ask
+from metagpt_localllm.servers.base import Ask, Facts
 from metagpt_localllm.simulator import DIALECTS, Answer, Machine
 
 LLAMA_CPP = {"window": 4096, "slots": 1, "images": False, "loaded": True, "quantization": "Q4_K - Medium"}
@@ -326,6 +326,75 @@ async def test_an_old_llama_cpp_counts_through_its_template():
         endpoint = endpoint_of(server.base_url, "m")
         kind = servers.kind_named("llama.cpp")
         assert await kind().count_tokens(Ask(endpoint), {"model": "m", "messages": []}) == 3
+
+
+# ------------------------------------------------------------------------------------------ windows
+
+REMEDIES = {
+    "llama.cpp": ["`llama-server --ctx-size 8192`"],
+    "llama.cpp-router": ["`ctx-size = 8192`", "[codebooga-34b]", "--models-preset"],
+    "llama-swap": ["`--ctx-size 8192`", "codebooga-34b", "config.yaml"],
+    "ollama": ["OLLAMA_CONTEXT_LENGTH=8192 ollama serve", "FROM codebooga-34b", "PARAMETER num_ctx 8192"],
+    "lmstudio": ["`lms unload codebooga-34b`", "`lms load codebooga-34b --context-length 8192`", "Context Length"],
+    "vllm": ["--max-model-len 8192"],
+    "sglang": ["--context-length 8192"],
+    "tabbyapi": ["`max_seq_len: 8192`", "`cache_size: 8192`", "config.yml"],
+    "llama-cpp-python": ["--n_ctx 8192"],
+    "mlx-lm": ["no limit"],
+    "transformers": ["no limit"],
+    "plain": ["at least 8192 tokens"],
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_each_server_names_its_own_setting_for_a_larger_context(simulator, dialect):
+    async with simulator(dialect=dialect) as server:
+        found = await identified(endpoint_of(server.base_url, server.model))
+    told = found.remedy(8192)
+    assert all(words in told for words in REMEDIES[dialect]), told
+    assert told.endswith(".") and ". " not in told and "made for" not in told
+    kind = servers.kind_named(found.name)
+    assert kind().remedy(8192).endswith("."), "it need not have been asked"
+
+
+def test_slots_that_divide_the_context_are_reckoned_with():
+    told = servers.kind_named("llama.cpp")(Facts(slots=4)).remedy(8192)
+    assert "--ctx-size 8192" in told and "32768 where `--parallel 4`" in told
+    assert "`cache_size: 10240`" in servers.kind_named("tabbyapi")(Facts()).remedy(10_000)
+
+
+def test_no_more_is_asked_for_than_the_model_was_made_for():
+    for kind in (*KINDS, servers.kind_named("plain")):
+        told = kind(Facts(window=2048, largest_window=4096)).remedy(8192)
+        assert "no limit" in told or ("4096" in told and "8192" not in told and "made for 4,096" in told), told
+        told = kind(Facts(window=4096, largest_window=4096)).remedy(8192)
+        assert "no limit" in told or "another model" in told, told
+
+
+def test_what_becomes_of_a_prompt_that_is_too_long_is_known_of_each_kind():
+    assert [kind.name for kind in KINDS if kind.truncates] == ["ollama"]
+    assert [kind.name for kind in KINDS if kind.blank] == ["lmstudio", "llama-cpp-python"]
+
+
+# A router always tells.
+@pytest.mark.parametrize("dialect", [dialect for dialect in DIALECTS if dialect != "llama.cpp-router"])
+async def test_a_server_that_hides_its_window_is_recognized_all_the_same(simulator, dialect):
+    async with simulator(dialect=dialect, tells_window=False) as server:
+        endpoint = endpoint_of(server.base_url, server.model)
+        found = await identified(endpoint)
+        before = list(server.paths)
+        await identified(endpoint)
+        assert server.paths == before, "it is asked once"
+        await found.load(Ask(endpoint), server.model)
+        assert server.paths == before, "it is loaded, or cannot tell"
+    assert found.name == PROMISES[dialect].name and found.facts.window is None
+
+
+@pytest.mark.parametrize("owner, name", [("library", "ollama"), ("organization_owner", "lmstudio")])
+async def test_a_proxy_that_knows_only_v1_hides_the_window_and_not_the_kind(owner, name):
+    async with _Picky({"/v1/models": {"data": [{"id": "m", "owned_by": owner}]}}) as server:
+        found = await identified(endpoint_of(server.base_url, "m"))
+    assert found.name == name and found.settled and found.facts == Facts()
 
 
 class _Picky(RawServer):

@@ -163,6 +163,8 @@ class Server:
         quiet: whether every question beside the chat harms the answer that runs; it is asked once and never again.
         lists: whether ``/v1/models`` always answers.
         usual_window: context window in tokens that it takes unless told otherwise, where it never says which it has.
+        truncates: whether it cuts a prompt that is too long without a word; ``usage.prompt_tokens`` tells what is left.
+        blank: whether it answers a prompt that is too long with a 200 that holds no token.
         facts: what it said.
     """
 
@@ -172,6 +174,8 @@ class Server:
     quiet: ClassVar[bool] = False
     lists: ClassVar[bool] = True
     usual_window: ClassVar[Optional[int]] = None
+    truncates: ClassVar[bool] = False
+    blank: ClassVar[bool] = False
 
     def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
         self.facts = facts or Facts()
@@ -251,6 +255,23 @@ class Server:
     def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
         """Where the stream goes on from so many bytes of it; None where it cannot."""
         return None
+
+    def remedy(self, window: int) -> str:
+        """How its user gives the model a context of at least ``window`` tokens, as a sentence.
+
+        Of as many tokens as the model was made for, where those are fewer.
+        """
+        largest = self.facts.largest_window
+        if largest is None or largest >= window:
+            return f"{self._enlarge(window)}."
+        limit = f"model was made for {largest:,} tokens at the most"
+        if (self.facts.window or 0) >= largest:
+            return f"The {limit}, and has them: a longer prompt needs another model."
+        return f"{self._enlarge(largest)}; the {limit}."
+
+    def _enlarge(self, window: int) -> str:
+        """The setting for a context of ``window`` tokens, as a sentence without its full stop."""
+        return f"Load the model with a context of at least {window} tokens"
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         """Tokens of a prompt (``model``, ``messages``, ``tools``) by its own tokenizer and chat template."""

@@ -87,6 +87,23 @@ class LlamaCpp(Server):
     def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
         return f"/v1/stream?conv_id={quote(conversation, safe='')}&from={offset}"
 
+    def _enlarge(self, window: int) -> str:
+        """``--ctx-size`` is divided by ``--parallel``, unless ``--kv-unified`` has the slots share it.
+
+        They share it by default only where ``--parallel`` is not given, which it does not tell (tools/server/README.md;
+        src/llama-context.cpp, n_ctx_seq). The router's preset has the same names, and its models inherit its arguments.
+        """
+        if self._routed:
+            return (
+                f"Write `ctx-size = {window}`{self._divided(window)} below [{self._routed}] in the file of the "
+                "router's --models-preset, or start the router with it as --ctx-size"
+            )
+        return f"Start the server as `llama-server --ctx-size {window}`{self._divided(window)}"
+
+    def _divided(self, window: int) -> str:
+        slots = self.facts.slots or 1
+        return f" ({window * slots} where `--parallel {slots}` divides it)" if slots > 1 else ""
+
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         # The router would load the model for it, and evict another.
         return None if self._routed and not self.facts.loaded else await count(ask, prompt)

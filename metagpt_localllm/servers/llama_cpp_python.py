@@ -18,6 +18,7 @@ class LlamaCppPython(Server):
     name: ClassVar[str] = "llama-cpp-python"
     quiet: ClassVar[bool] = True
     usual_window: ClassVar[Optional[int]] = 2048  # --n_ctx
+    blank: ClassVar[bool] = True  # where it streams
 
     def __init__(self, facts: Optional[Facts] = None) -> None:
         super().__init__(facts or Facts(slots=1, loaded=True))
@@ -34,3 +35,7 @@ class LlamaCppPython(Server):
     def extras(self) -> Mapping[str, Any]:
         # It takes stream_options and sends no usage all the same.
         return {}
+
+    def _enlarge(self, window: int) -> str:
+        """(llama_cpp/server/settings.py, ModelSettings.)"""
+        return f"Start the server with `--n_ctx {window}`"

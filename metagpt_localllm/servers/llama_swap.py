@@ -57,6 +57,13 @@ class LlamaSwap(LlamaCpp):
     def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
         return super().continuation(body, partial) if self._is_llama_cpp else None
 
+    def _enlarge(self, window: int) -> str:
+        """(Its docs/configuration.md.)"""
+        model = self._upstream or "the model"
+        if not self._is_llama_cpp:
+            return f"Give {model} a context of at least {window} tokens, in its `cmd` in llama-swap's config.yaml"
+        return f"Add `--ctx-size {window}`{self._divided(window)} to the `cmd` of {model} in llama-swap's config.yaml"
+
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         if not self._is_llama_cpp or await _state(ask, self._upstream) != "ready":
             return None

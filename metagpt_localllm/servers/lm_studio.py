@@ -14,6 +14,8 @@ class LMStudio(Server):
 
     name: ClassVar[str] = "lmstudio"
     watchable: ClassVar[bool] = True
+    blank: ClassVar[bool] = True  # with llama.cpp's engine (lmstudio-bug-tracker #2339); others report an error
+    _tells = True  # whether it has an API of its own
 
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
@@ -22,7 +24,15 @@ class LMStudio(Server):
     @classmethod
     async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
         listing = await _listing(ask)
-        return cls(_facts(listing, model), model) if listing is not None else None
+        if listing is not None:
+            return cls(_facts(listing, model), model)
+        # An old version, or a proxy that knows only /v1.
+        models = await ask.models()
+        if models is None or not cls.recognizes(models):
+            return None
+        silent = cls(Facts(), model)
+        silent._tells = False
+        return silent
 
     @property
     def places(self) -> int:
@@ -32,7 +42,7 @@ class LMStudio(Server):
     @property
     def settled(self) -> bool:
         # A model that is loaded on demand has no window yet.
-        return self.facts.window is not None
+        return self.facts.window is not None or not self._tells
 
     async def work(self, ask: Ask) -> Optional[Work]:
         """Only that the model is loaded now, once; of a request it tells nothing."""
@@ -50,6 +60,14 @@ class LMStudio(Server):
         if self.facts.loaded is False:
             messages = [{"role": "user", "content": "."}]
             await ask.json("./chat/completions", {"model": model, "messages": messages, "max_tokens": 1})
+
+    def _enlarge(self, window: int) -> str:
+        """What is loaded must go first: ``lms load`` would load it once more (lms, load.ts; bug tracker, #1582)."""
+        model = self._model or "MODEL"
+        return (
+            f"Load the model anew (`lms unload {model}`, `lms load {model} --context-length {window}`), or set Context "
+            f"Length to {window} in its load settings"
+        )
 
 
 async def _listing(ask: Ask) -> Optional[Mapping[str, Any]]:

@@ -29,6 +29,10 @@ class MLXLM(Server):
             return None
         return cls(Facts(loaded=True))
 
+    def remedy(self, window: int) -> str:
+        """(mlx_lm/server.py: no option for it.)"""
+        return "The server sets no limit to the context: the model itself and the memory do."
+
     def progress_of_comment(self, comment: bytes) -> Optional[int]:
         """``keepalive 9/10``: of the tokens that were not in its prefix cache."""
         found = _KEEPALIVE.fullmatch(comment)

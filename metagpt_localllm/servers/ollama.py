@@ -21,6 +21,7 @@ class Ollama(Server):
 
     name: ClassVar[str] = "ollama"
     watchable: ClassVar[bool] = True
+    truncates: ClassVar[bool] = True
 
     @classmethod
     def recognizes(cls, models: Mapping[str, Any]) -> bool:
@@ -30,7 +31,9 @@ class Ollama(Server):
     async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
         version = await ask.json("/api/version")
         if version is None or "version" not in version:
-            return None
+            # A proxy that knows only /v1.
+            models = await ask.models()
+            return cls(Facts(), model) if models is not None and cls.recognizes(models) else None
         entry = await _running(ask, model)
         shown: Mapping[str, Any] = {}
         with anyio.move_on_after(_SHOW_LIMIT):
@@ -48,8 +51,8 @@ class Ollama(Server):
                 quantization=str(details.get("quantization_level") or "") if isinstance(details, Mapping) else "",
                 gpu_share=min(in_vram / size, 1.0) if window and size and isinstance(in_vram, (int, float)) else None,
                 images="vision" in capabilities if isinstance(capabilities, list) else None,
-                # A model that is being loaded is in the list too, without its window.
-                loaded=window is not None,
+                # A model that is being loaded is in the list too, with a window of 0; before 0.10 none had a window.
+                loaded=window is not None or bool(entry and "context_length" not in entry),
                 version=str(version["version"]),
             ),
             model,
@@ -57,7 +60,7 @@ class Ollama(Server):
 
     @property
     def settled(self) -> bool:
-        return bool(self.facts.loaded)
+        return self.facts.loaded is not False
 
     async def work(self, ask: Ask) -> Optional[Work]:
         """While a model loads, its ``expires_at`` is reckoned from the moment of each look, so it moves; later it stands.
@@ -71,10 +74,22 @@ class Ollama(Server):
 
     async def load(self, ask: Ask, model: str) -> None:
         """A client that leaves during the load aborts it, so this waits without a limit of its own."""
-        if not self.facts.loaded:
+        if self.facts.loaded is False:
             # Nothing else: another num_ctx or any other option would load the model once more. The chat that
             # follows sets keep_alive to the server's own default again.
             await ask.json("/api/generate", {"model": model, "keep_alive": _KEEP})
+
+    def _enlarge(self, window: int) -> str:
+        """Nothing in a request to ``/v1`` can (openai/openai.go, ChatCompletionRequest; docs/context-length.mdx).
+
+        A ``num_ctx`` in the Modelfile goes before the environment.
+        """
+        model = self._model or "MODEL"
+        return (
+            f"Start the server as `OLLAMA_CONTEXT_LENGTH={window} ollama serve`, or use a model of its own, made of a "
+            f"Modelfile with `FROM {model}` and `PARAMETER num_ctx {window}` "
+            f"(`ollama create {model}-{window} -f Modelfile`)"
+        )
 
 
 async def _running(ask: Ask, model: str) -> Mapping[str, Any]:

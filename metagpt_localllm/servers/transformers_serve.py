@@ -30,3 +30,7 @@ class TransformersServe(Server):
     def extras(self) -> Mapping[str, Any]:
         # Usage comes without being asked for.
         return {}
+
+    def remedy(self, window: int) -> str:
+        """(transformers/cli/serving: no option for it.)"""
+        return "The server sets no limit to the context: the model itself and the memory do."

@@ -61,6 +61,10 @@ class VLLM(Server):
         messages = [*body["messages"], {"role": "assistant", "content": partial}]
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
+    def _enlarge(self, window: int) -> str:
+        """(docs.vllm.ai, Engine Arguments.)"""
+        return f"Start the server with `--max-model-len {window}`"
+
     @property
     def places(self) -> int:
         return 256  # its default of --max-num-seqs: it batches what it gets
@@ -75,6 +79,10 @@ class SGLang(VLLM):
     name: ClassVar[str] = "sglang"
     counts: ClassVar[bool] = False
     owner: ClassVar[str] = "sglang"
+
+    def _enlarge(self, window: int) -> str:
+        """(docs.sglang.io, Server Arguments.)"""
+        return f"Start the server with `--context-length {window}`"
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         return None
@@ -116,6 +124,11 @@ class TabbyAPI(VLLM):
     def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
         """It appends ``response_prefix`` to the prompt after the template."""
         return {**body, "response_prefix": partial}
+
+    def _enlarge(self, window: int) -> str:
+        """``cache_size`` (4,096 by default, a multiple of 256) bounds ``max_seq_len`` (config_sample.yml)."""
+        cache = -(-window // 256) * 256
+        return f"Write `max_seq_len: {window}` and `cache_size: {cache}` below `model:` in TabbyAPI's config.yml"
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         return None
