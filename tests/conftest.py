@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -156,21 +157,34 @@ def ask():
     return make
 
 
-@pytest.fixture(scope="session")
-def llama_cpp():
-    """The address of a real llama.cpp server with a tiny random model and a context of 2,048 tokens."""
-    pytest.importorskip("xllamacpp", reason="xllamacpp has no wheel for this Python")
-    model = _home / "tiny.gguf"
-    subprocess.run([sys.executable, str(TESTS / "make_tiny_gguf.py"), str(model)], check=True)
+@contextlib.contextmanager
+def serve(*arguments, log=subprocess.DEVNULL):
+    """The address of a real llama.cpp server with these arguments; ``log`` gets what it writes about itself."""
     process = subprocess.Popen(
-        [sys.executable, str(TESTS / "serve_llama_cpp.py"), str(model), "2048"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        [sys.executable, str(TESTS / "serve_llama_cpp.py"), *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
     )  # fmt: skip
     try:
         yield process.stdout.readline().strip() + "/v1"
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf():
+    """A tiny model with random weights for real llama.cpp."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp has no wheel for this Python")
+    model = _home / "tiny.gguf"
+    subprocess.run([sys.executable, str(TESTS / "make_tiny_gguf.py"), str(model)], check=True)
+    return model
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tiny_gguf):
+    """The address of a real llama.cpp server with a tiny random model and a context of 2,048 tokens."""
+    with serve(tiny_gguf, 2048) as base_url:
+        yield base_url
 
 
 def pytest_addoption(parser):
