@@ -141,6 +141,11 @@ class Calibration:
             for script in parts:
                 self._seen[script].append((counted / total, counted / total))
 
+    def forget(self) -> None:
+        """What was counted was not what was estimated."""
+        for seen in self._seen.values():
+            seen.clear()
+
     def _usual(self, script: Script) -> float:
         highest = sorted(high for _, high in self._seen[script])
         return highest[len(highest) // 2] if highest else _USUAL[script]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import AsyncIterator, Mapping, Optional
+from typing import AsyncIterator, Mapping, Optional, Sequence
 
 import anyio
 from openai.types import CompletionUsage
@@ -22,7 +22,7 @@ from metagpt_localllm import errors, events, latency, servers
 from metagpt_localllm.answer import Answer
 from metagpt_localllm.attempt import attempt, broken
 from metagpt_localllm.concurrency import gate_for
-from metagpt_localllm.context import learn, prepare
+from metagpt_localllm.context import learn, learn_count, prepare, truncation
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import BackOff, GiveUp, SendAgain, WaitForServer
 from metagpt_localllm.run import Call, Prompt, Run
@@ -34,12 +34,13 @@ __all__ = ["Call", "Outcome", "complete"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A whole answer."""
+    """A whole answer. ``trims``: what its prompt lost to fit the context window, in this call."""
 
     text: str
     reasoning: str
     completion: ChatCompletion
     usage: CompletionUsage
+    trims: Sequence[events.Trimmed] = ()
 
 
 async def complete(call: Call) -> Outcome:
@@ -71,8 +72,8 @@ async def _until_whole(run: Run) -> Outcome:
                 )
             )  # fmt: skip
             run.answer, run.death = Answer(), None
-            run.history.sent(prompt.messages)
-            failure = await attempt(run, prompt.content)
+            run.history.sent(prompt.messages, prompt.counts)
+            failure = truncation(run, prompt, await attempt(run, prompt.content))
         _record(run, prompt, failure)
         if failure is None:
             try:
@@ -98,22 +99,25 @@ async def _until_whole(run: Run) -> Outcome:
             await _identify(run)
             prompt = await prepare(run)
         elif isinstance(step, SendAgain):
-            events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, 0.0))
+            what = f"{failure.what}. {failure.remedy}".rstrip(". ")
+            events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, what, 0.0))
             if failure.kind is Kind.STRICT:
                 servers.mark_strict(call.endpoint)
             else:
-                learn(call, failure, prompt)
                 servers.forget(call.endpoint)
             await _identify(run)
+            if failure.kind is not Kind.STRICT:
+                learn(run, failure, prompt)
             prompt = await prepare(run)
 
     life.whole()
     run.show("\n")
+    learn_count(run)
     usage = outcome.usage
     events.publish(
         events.Done(
             run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(run.answer.finish_reason),
-            life.ttft, life.longest_gap, anyio.current_time() - life.started,
+            life.ttft, life.longest_gap, anyio.current_time() - life.started, _cut_by(run, prompt, usage), prompt.omitted,
         )
     )  # fmt: skip
     return outcome
@@ -192,4 +196,11 @@ def _record(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
 def _outcome(run: Run, prompt: Prompt) -> Outcome:
     answer = run.answer
     usage = answer.completion_usage(prompt.tokens, estimate_text(answer.content) + estimate_text(answer.reasoning))
-    return Outcome(answer.content, answer.reasoning, answer.completion(run.call.endpoint.model, usage), usage)
+    return Outcome(answer.content, answer.reasoning, answer.completion(run.call.endpoint.model, usage), usage, run.trims)
+
+
+def _cut_by(run: Run, prompt: Prompt, usage: CompletionUsage) -> str:
+    """What ended an answer of the finish_reason "length", which servers give for max_tokens and for a full window alike."""
+    if run.answer.finish_reason != "length":
+        return ""
+    return "max_tokens" if usage.completion_tokens >= prompt.wanted else "window"

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, Mapping, NoReturn, Optional
+from typing import Any, Literal, NoReturn, Optional, Sequence
 
 from metagpt_localllm import errors, events, servers
+from metagpt_localllm.conversation import Conversation
 from metagpt_localllm.failures import Failure, Kind
+from metagpt_localllm.messages import Message, largest_text, with_text
+from metagpt_localllm.policies import Policy, named, of_compress_type
 from metagpt_localllm.run import Call, Prompt, Run
 from metagpt_localllm.servers import Server
-from metagpt_localllm.tokens import MESSAGE_TOKENS, estimate_message, estimate_prompt
-from metagpt_localllm.trimming import Fitted, fit
+from metagpt_localllm.shortening import shorten
+from metagpt_localllm.trimming import Trimmed, trim
 
-__all__ = ["DEFAULT_WINDOW", "learn", "prepare", "window_is_a_guess"]
+__all__ = ["DEFAULT_WINDOW", "learn", "learn_count", "prepare", "truncation", "window_is_a_guess", "window_is_too_large"]
 
 #: Tokens assumed where neither the server nor the configuration names the context window.
 DEFAULT_WINDOW = 4096
+#: Characters below which a message is not worth cutting: little would be left beside the marker.
+_SHORTEST_CUT = 200
+#: Times that a cut is made anew because the server counted otherwise than was estimated.
+_ROUNDS = 4
+#: Share of the tokens aimed at below which too much has gone.
+_USED = 0.9
+#: Share of the tokens that a prompt surely has; a server that counts fewer has not read all of it.
+_SURELY = 0.9
+#: Tokens that fit any context that anybody loads: a server that counts fewer has not cut for want of room.
+_SURELY_FITS = 512
 
 
 def _window(call: Call, server: Server) -> Optional[int]:
@@ -24,7 +37,7 @@ def _window(call: Call, server: Server) -> Optional[int]:
     configured = call.settings.context.window
     window: Optional[int]
     if configured != "auto":
-        window = configured
+        window = min(configured, server.facts.window or configured)
     else:
         usual = None if server is servers.UNKNOWN else server.usual_window or DEFAULT_WINDOW
         window = server.facts.window or call.context_length or usual
@@ -41,97 +54,223 @@ def window_is_a_guess(call: Call) -> bool:
     )  # fmt: skip
 
 
+def window_is_too_large(call: Call) -> str:
+    """What helps where the configured window is larger than the one that is loaded; "" where it is not."""
+    server, configured = servers.known(call.endpoint), call.settings.context.window
+    loaded = server.facts.window if server is not None else None
+    if server is None or configured == "auto" or loaded is None or configured <= loaded:
+        return ""
+    return f"The server has loaded a context of {loaded:,} tokens, not the {configured:,} of llm.local.context.window. " + server.remedy(configured)
+
+
 async def prepare(run: Run) -> Prompt:
     """Fits the messages into the window less the reserve, and ``max_tokens`` into what remains."""
-    call, server, body = run.call, run.server, dict(run.call.body)
-    window, scale = _window(call, server), servers.learned(call.endpoint).scale
+    call, server, chat, body = run.call, run.server, run.chat, dict(run.call.body)
+    window = _window(call, server)
     wanted = int(body.pop("max_tokens", None) or (window or DEFAULT_WINDOW) // 4)
-    estimate, tokens = run.estimate, math.ceil(run.estimate * scale)
-    # No token is shorter than a byte, so most prompts need no counting.
-    if window is not None and (scale != 1.0 or _bytes_bound(body) + wanted > window):
+    room = window
+    if window is not None:
+        if chat.window is not None and window > chat.window:
+            chat.uncut()
         configured = call.settings.context.reserve
         reserve = min(wanted, window // 4) if configured == "auto" else configured
         budget = window - reserve
-        counted = await _count(run, body)
-        tokens = counted if counted is not None else tokens
-        if tokens > budget:
-            fitted, tokens = await _trim(run, body, budget, tokens / estimate)
-            body["messages"] = fitted.messages
-            estimate = estimate_prompt(fitted.messages, body.get("tools"))
-            events.publish(
-                events.Trimmed(run.info, fitted.dropped, fitted.shortened, fitted.removed_tokens, tokens, window)
-            )
-            if tokens > budget:
+        # Only a prompt that may be too long is sent to be counted, and none that surely is.
+        if chat.most + (wanted if server.sums else reserve) > window and chat.least <= budget:
+            await _count(run)
+        if chat.tokens > budget:
+            await _trim(run, budget, window)
+            if chat.tokens > budget:
                 if not window_is_a_guess(call):
-                    _refuse(run, tokens, budget, window, reserve)
-                window = None  # let the server decide
-    body["max_tokens"] = wanted if window is None else max(1, min(wanted, window - tokens))
+                    _refuse(run, budget, window, reserve)
+                room = None  # let the server decide
+    run.history.conversations.keep(chat)
+    body["messages"] = chat.sent
+    body["max_tokens"] = wanted if room is None else max(1, min(wanted, room - chat.tokens))
     body["stream"] = True
     if not servers.is_strict(call.endpoint):
         body.update(server.extras())
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
-    return Prompt(content, body["messages"], tokens, body["max_tokens"], estimate)
+    return Prompt(content, chat.sent, chat.counts(), chat.tokens, body["max_tokens"], wanted, window, chat.omitted)
 
 
-async def _count(run: Run, body: Mapping[str, Any]) -> Optional[int]:
-    """The server's own count; None where it does not count, or has just failed to."""
-    if not run.counts:
+async def _count(run: Run, messages: Optional[Sequence[Message]] = None) -> Optional[int]:
+    """The server's own count of the prompt; None where it does not count, or has just failed to."""
+    if not run.counts or (messages is None and run.chat.known):
         return None
+    body = {**run.call.body, "messages": run.chat.sent if messages is None else messages}
     counted = await servers.count_tokens(run.server, run.call.endpoint, body)
     run.counts = counted is not None
+    if counted is not None and messages is None:
+        run.chat.counted(counted)
     return counted
 
 
-async def _trim(
-    run: Run, body: Mapping[str, Any], budget: int, scale: float
-) -> tuple[Fitted, int]:
-    """Trims by the scaled estimate, and checks by the server's count where there is one."""
-    frame = estimate_prompt([], body.get("tools"))
-    for _ in range(4):
+async def _trim(run: Run, budget: int, window: int) -> None:
+    """Cuts the conversation; by the server's count where there is one, and else by the estimate."""
+    chat, settings = run.chat, run.call.settings.context
+    before, sent, scale = chat.tokens, chat.positions(), 1.0
+    best: Optional[tuple[Trimmed, Optional[int]]] = None
+    for _ in range(_ROUNDS):
 
-        def count(message: Mapping[str, Any], scale: float = scale) -> int:
-            return math.ceil(estimate_message(message) * scale)
+        def count(position: int, message: Message, scale: float = scale) -> float:
+            return chat.count(position, message) * scale
 
-        fitted = fit(body["messages"], budget - math.ceil(frame * scale), count)
-        estimated = fitted.tokens + math.ceil(frame * scale)
-        counted = await _count(run, {**body, "messages": fitted.messages})
-        tokens = counted if counted is not None else estimated
-        if tokens <= budget or not fitted.fits:
+        trimmed = trim(
+            sent,
+            budget - chat.frame * scale,
+            low_water=settings.low_water,
+            policy=_policy(run.call),
+            cut_fixed=settings.oversized == "cut",
+            count=count,
+            shorten=_shortener(chat, scale),
+        )
+        if not trimmed.changes:
             break
-        # What remains is denser than the whole was: estimate it by its own measure.
-        scale *= 1.01 * tokens / estimated
-    return fitted, tokens
+        remain = [trimmed.changes.get(position, message) for position, message in sent]
+        counted = await _count(run, [message for message in remain if message is not None])
+        fits = counted is None or counted <= budget
+        if best is None or best[1] is None or counted is None or best[1] > budget or best[1] < counted <= budget:
+            best = trimmed, counted
+        estimated = trimmed.tokens + chat.frame * scale
+        if counted is None or (fits and counted >= _USED * estimated):
+            break
+        # What remains is denser than the whole was, or less dense: estimate it by its own measure.
+        scale *= (1.01 if not fits else 1.0) * counted / estimated
+    if best is None:
+        return
+    trimmed, counted = best
+    chat.cut(trimmed.changes, window)
+    if counted is not None:
+        chat.counted(counted)
+    run.trims.append(
+        events.Trimmed(
+            run.info, trimmed.dropped, trimmed.shortened, trimmed.replaced, max(before - chat.tokens, 0), chat.tokens,
+            budget, window,
+        )
+    )  # fmt: skip
+    events.publish(run.trims[-1])
 
 
-def _bytes_bound(body: Mapping[str, Any]) -> int:
-    """Tokens that the prompt has at the most: one per byte, and the template's around each message."""
-    total = MESSAGE_TOKENS
-    for message in body["messages"]:
-        content = message.get("content")
-        if not isinstance(content, str) or len(message) > 2:
-            return 1 << 60
-        total += len(content.encode("utf-8", "replace")) + 2 * MESSAGE_TOKENS
-    return total if not body.get("tools") else 1 << 60
+def _shortener(chat: Conversation, scale: float) -> Any:
+    def shortened(
+        position: int, message: Message, target: float, keep: Literal["both", "start", "end"]
+    ) -> Optional[Message]:
+        text = largest_text(message)
+        if text is None or len(text) < _SHORTEST_CUT:
+            return None
+
+        def count(part: str) -> int:
+            return math.ceil(chat.count_text_at(position, part) * scale)
+
+        rest = chat.count(position, message) * scale - chat.count_text_at(position, text) * scale
+        shorter = shorten(text, max(int(target - rest), 0), count, keep)
+        return with_text(message, shorter) if shorter != text else None
+
+    return shortened
 
 
-def learn(call: Call, failure: Failure, prompt: Prompt) -> None:
+def _policy(call: Call) -> Policy:
+    settings = call.settings.context
+    if call.compress_type and "policy" not in settings.model_fields_set:
+        return of_compress_type(call.compress_type)
+    return named(settings.policy)
+
+
+# ---------------------------------------------------------------------- what the server's answer teaches
+
+
+def truncation(run: Run, prompt: Prompt, failure: Optional[Failure]) -> Optional[Failure]:
+    """The failure that an answer is which the server gave to a part of the prompt only, without a word; else ``failure``.
+
+    Ollama leaves messages out and counts the rest; LM Studio and llama-cpp-python may answer with no token at all.
+    """
+    server, answer, taught = run.server, run.answer, servers.learned(run.call.endpoint)
+    told, least = _prompt_tokens(run), math.floor(run.chat.least * _SURELY)
+    if failure is None and told is not None and told < least and taught.counts_all and not answer.failed:
+        if not (server.truncates or type(server) is Server):
+            return None
+        if run.truncated or told < _SURELY_FITS // 2:  # the cut did not change what it says: it counts otherwise than we do
+            taught.counts_all = False
+            return None
+        what = (
+            f"the server read only {told:,} tokens of a prompt that has at least {least:,}: it has cut it without a word, and "
+            "the answer is discarded"
+        )
+        return _truncated(run, prompt, what, told)
+    blank = server.blank and not answer.tokens and (failure is None or failure.error is errors.IncompleteStream)
+    if blank and not (failure is None and run.truncated):
+        long = prompt.window is None or prompt.tokens > prompt.window // 2 or window_is_a_guess(run.call)
+        if long and prompt.tokens > _SURELY_FITS:
+            what = (
+                f"the server answered nothing at all to a prompt of {told or prompt.tokens:,} tokens, as it does where its "
+                "context is too small for it"
+            )
+            return _truncated(run, prompt, what, (told or prompt.tokens) // 2)
+    if failure is None and answer.finish_reason == "length" and told is not None and run.truncated == 1:
+        # The window that was learned from the first time is still too large.
+        written = (answer.usage or {}).get("completion_tokens")
+        if isinstance(written, int) and 0 < written < prompt.max_tokens // 2 and prompt.window is not None:
+            what = (
+                f"the answer ended after {written:,} of {prompt.max_tokens:,} tokens, where the server's context was full; it "
+                f"holds {told + written:,} tokens, not {prompt.window:,}"
+            )
+            return _truncated(run, prompt, what, told + written)
+    return failure
+
+
+def _truncated(run: Run, prompt: Prompt, what: str, window: int) -> Failure:
+    remedy = run.server.remedy(_needed(run, prompt))
+    return Failure(Kind.TRUNCATED, errors.ContextOverflow, what, remedy, "llm.local.context.window", window=window)
+
+
+def _needed(run: Run, prompt: Prompt) -> int:
+    """A window in tokens for this prompt and its answer, as people choose them."""
+    return 1024 * math.ceil((prompt.tokens + min(prompt.wanted, prompt.tokens)) / 1024)
+
+
+def _prompt_tokens(run: Run) -> Optional[int]:
+    told = (run.answer.usage or {}).get("prompt_tokens")
+    return told if isinstance(told, int) and not isinstance(told, bool) and told > 0 else None
+
+
+def learn_count(run: Run) -> None:
+    """What a whole answer teaches: what its prompt counts."""
+    told = _prompt_tokens(run)
+    if told is not None and told >= run.chat.least * _SURELY:
+        run.chat.counted(told)
+
+
+def learn(run: Run, failure: Failure, prompt: Prompt) -> None:
     """What an overflow teaches: the server's window and its count, or at least that ours was too low."""
-    taught = servers.learned(call.endpoint)
+    taught, chat = servers.learned(run.call.endpoint), run.chat
+    if failure.kind is Kind.TRUNCATED:
+        run.truncated += 1
+        run.history.calibration.forget()
+        run.history.conversations.forget()
+        chat.recount()
+        loaded, before = run.server.facts.window, prompt.window
+        # What it says of itself now, where that is news; else it is larger than what it read, but by how much nobody knows.
+        taught.window = loaded if loaded is not None and (before is None or loaded < before) else failure.window
+        return
     news = failure.window is not None and failure.window != taught.window
     if failure.window is not None:
         taught.window = failure.window
-    if failure.prompt_tokens is not None and prompt.estimate > 0:
-        taught.scale = max(taught.scale, failure.prompt_tokens / prompt.estimate)
+    if failure.prompt_tokens is not None:
+        chat.counted(failure.prompt_tokens)
     elif not news:
         taught.scale *= 1.5
-    if taught.scale == 1.0:
-        taught.scale = 1.0001  # so that the prompt is counted from now on
+        chat.doubt(1.5)
 
 
-def _refuse(run: Run, tokens: int, budget: int, window: int, reserve: int) -> NoReturn:
+def _refuse(run: Run, budget: int, window: int, reserve: int) -> NoReturn:
+    tokens = run.chat.tokens
+    cut = run.call.settings.context.oversized == "cut"
+    which = "the prompt has {:,} tokens even when trimmed" if cut else "the system message, the task and the latest message have {:,} tokens"
     what = (
-        f"the prompt has {tokens:,} tokens even when trimmed, and the context window of {window:,} "
-        f"leaves {budget:,} beside {reserve:,} reserved for the answer"
+        f"{which.format(tokens)}, and the context window of {window:,} leaves {budget:,} beside {reserve:,} reserved for "
+        "the answer"
     )
-    remedy = "Load the model with a larger context, or ask for shorter answers (llm.max_token)."
+    remedy = f"{run.server.remedy(1024 * math.ceil((tokens + reserve) / 1024))} Or ask for shorter answers (llm.max_token)"
+    remedy += "." if cut else ", or let them be cut (llm.local.context.oversized: cut)."
     run.give_up(Failure(Kind.FATAL, errors.ContextOverflow, what, remedy, "llm.local.context.window"))

@@ -89,19 +89,36 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Trimmed:
-    """The prompt was made to fit the context window; counts in tokens."""
+    """The prompt was made to fit the context window.
+
+    Attributes:
+        dropped_messages: left out whole.
+        shortened_messages: those that lost a part of their text.
+        replaced_messages: those that gave way to one line.
+        removed_tokens: by how much it is shorter.
+        prompt_tokens: that remain.
+        budget: tokens that a prompt may have: the window less what is reserved for the answer.
+        window: the context window in tokens.
+    """
 
     call: CallInfo
     dropped_messages: int
     shortened_messages: int
+    replaced_messages: int
     removed_tokens: int
     prompt_tokens: int
+    budget: int
     window: int
 
 
 @dataclass(frozen=True)
 class Done:
-    """The answer is whole. Times in seconds; ``ttft`` (time to first token) and ``longest_gap`` are of the last attempt."""
+    """The answer is whole. Times in seconds; ``ttft`` (time to first token) and ``longest_gap`` are of the last attempt.
+
+    Attributes:
+        cut_by: what ended an answer whose finish_reason is "length": "max_tokens" or "window"; "" for another.
+        omitted_messages: of the conversation that the prompt did not hold, left out by this call or an earlier one.
+    """
 
     call: CallInfo
     attempts: int
@@ -111,6 +128,8 @@ class Done:
     ttft: Optional[float]
     longest_gap: float
     elapsed: float
+    cut_by: str = ""
+    omitted_messages: int = 0
 
 
 @dataclass(frozen=True)

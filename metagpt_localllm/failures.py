@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     NOT_UP = "not up"  # wait until it is there; spends nothing
     LOADING = "loading"  # likewise
     OVERFLOW = "overflow"  # trim again and send once more
+    TRUNCATED = "truncated"  # the server has cut the prompt without a word: likewise, twice at the most
     STRICT = "strict"  # the server refuses fields that OpenAI does not have: send without them
     FATAL = "fatal"  # no repetition helps
 

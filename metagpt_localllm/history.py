@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from os.path import commonprefix
-from typing import Any, Deque, Mapping, Optional, Sequence
+from typing import Deque, Optional, Sequence
 
+from metagpt_localllm.calibration import Calibration
+from metagpt_localllm.conversation import Conversations
 from metagpt_localllm.latency import Estimator, Sample
+from metagpt_localllm.messages import Message
 from metagpt_localllm.state import State, default_path
-from metagpt_localllm.tokens import estimate_message, estimate_text
+from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.transport import Endpoint
 
 __all__ = ["History", "history_of"]
@@ -18,7 +21,7 @@ _REMEMBERED = 8
 #: Seconds without a call after which a server may have unloaded its model (Ollama's keep_alive).
 _UNLOADED_AFTER = 300.0
 
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[Message]
 
 
 class History:
@@ -29,20 +32,22 @@ class History:
         self._state = state
         rows = state.samples(*self._names)
         self.estimator = Estimator(Sample.from_row(row) for row in rows)
-        self._prompts: Deque[Messages] = deque(maxlen=_REMEMBERED)
+        self.calibration = Calibration()
+        self.conversations = Conversations(self.calibration)
+        self._prompts: Deque[tuple[Messages, Sequence[float]]] = deque(maxlen=_REMEMBERED)
         self._used_at: Optional[float] = None
 
     def shared_tokens(self, messages: Messages) -> int:
         """Tokens at the beginning of a prompt that an earlier one had, too, so that the server may hold them (estimated)."""
-        return max((_shared(earlier, messages) for earlier in self._prompts), default=0)
+        return max((_shared(*earlier, messages) for earlier in self._prompts), default=0)
 
     def may_load(self, now: float) -> bool:
         """Whether the model may have to be loaded: nothing was asked of it for some minutes."""
         return self._used_at is None or now - self._used_at > _UNLOADED_AFTER
 
-    def sent(self, messages: Messages) -> None:
-        """A prompt goes out."""
-        self._prompts.append(tuple(messages))  # aask_batch goes on with the same list
+    def sent(self, messages: Messages, counts: Sequence[float]) -> None:
+        """A prompt goes out; ``counts``: tokens of each message."""
+        self._prompts.append((messages, counts))
 
     def record(self, sample: Sample, now: float) -> None:
         """Learns from an attempt, for now and for later runs."""
@@ -57,17 +62,17 @@ class History:
         self._used_at = None
 
 
-def _shared(earlier: Messages, messages: Messages) -> int:
-    tokens = 0
-    for one, other in zip(earlier, messages):
-        if one == other:
-            tokens += estimate_message(one)
+def _shared(earlier: Messages, counts: Sequence[float], messages: Messages) -> int:
+    tokens = 0.0
+    for one, count, other in zip(earlier, counts, messages):
+        if one is other or one == other:
+            tokens += count
             continue
         left, right = one.get("content"), other.get("content")
         if isinstance(left, str) and isinstance(right, str) and one.get("role") == other.get("role"):
             tokens += estimate_text(commonprefix([left, right]))
         break
-    return tokens
+    return int(tokens)
 
 
 _states: dict[str, State] = {}

@@ -237,7 +237,8 @@ class CallLife:
             pause = min(max(shortest, 0.01) * 2.0 ** min(self._waits, 30), max(longest, 0.01))
             self._waits += 1
             return WaitForServer(min(now + self._patience, self.call_end), pause)
-        if failure.kind is Kind.OVERFLOW and self._overflows < 1:
+        again = {Kind.OVERFLOW: 1, Kind.TRUNCATED: 2}.get(failure.kind, 0)
+        if self._overflows < again:
             self._overflows += 1
             return SendAgain()
         if failure.kind is Kind.STRICT and self._stricts < 1:

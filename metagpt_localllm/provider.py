@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional, Sequence, Union
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from metagpt_localllm import call as calls
 from metagpt_localllm import events, servers
 from metagpt_localllm.caller import find_caller, find_retry_loop
-from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess
+from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess, window_is_too_large
 from metagpt_localllm.errors import LocalLLMError
 from metagpt_localllm.settings import LocalSettings
 from metagpt_localllm.tokens import estimate_prompt, estimate_text
@@ -38,12 +38,15 @@ __all__ = ["LocalLLM"]
 #: Errors of requests that a retry loop of MetaGPT's own has already sent: it gets the same error again. Copies, since
 #: the traceback of what was raised would keep the loop alive.
 _spent: WeakKeyDictionary[Any, dict[str, LocalLLMError]] = WeakKeyDictionary()
-_guessed: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 _looked_at: set[Path] = set()
 
 
 class LocalLLM(OpenAILLM):  # type: ignore[misc]
     """MetaGPT's OpenAI provider for servers that may take minutes to answer.
+
+    Attributes:
+        trims: what the latest call's prompt lost to fit the context window.
 
     Raises:
         ValueError: on construction, when ``base_url``, ``model``, ``api_key``, ``proxy`` or ``timeout`` in
@@ -55,6 +58,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         _warn_of_misplaced()
         super().__init__(config)
         self._settings: LocalSettings = config.local or LocalSettings()
+        self.trims: Sequence[events.Trimmed] = ()
 
     # ------------------------------------------------------------------ what stock sets up eagerly
 
@@ -113,7 +117,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         }
         loop = find_retry_loop()
         spent = _spent.setdefault(loop, {}) if loop is not None else {}
-        digest = _digest(body)
+        digest = _digest(body) if spent else ""
         if digest in spent:
             logger.info("MetaGPT repeats a call that has already used up its attempts; it is not sent again.")
             raise copy.copy(spent[digest])
@@ -125,16 +129,18 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
             context_length=self.config.context_length,
             attempt_cap=self.config.timeout if "timeout" in self.config.model_fields_set else None,
             call_timeout=timeout or None,
+            compress_type=getattr(getattr(self.config, "compress_type", None), "value", ""),
             show=_print if show else _silent,
         )
         try:
             outcome = await calls.complete(call)
         except LocalLLMError as error:
-            spent[digest] = copy.copy(error)
+            spent[digest or _digest(body)] = copy.copy(error)
             raise
         finally:
-            _warn_of_guess(call)
+            _warn_of_window(call)
         self.reasoning_content = outcome.reasoning or None
+        self.trims = outcome.trims
         self._update_costs(outcome.usage)
         return outcome
 
@@ -160,6 +166,10 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
     def count_tokens(self, messages: list[dict[str, Any]]) -> int:
         """An estimate on the safe side, without tiktoken, which would download its encodings."""
         return estimate_prompt(messages)
+
+    def compress_messages(self, messages: list[dict[str, Any]], *_: Any, **__: Any) -> list[dict[str, Any]]:
+        """MetaGPT 1.0.0's trimming by a table of windows: ours is exact, and follows ``compress_type``."""
+        return messages
 
     def _get_max_tokens(self, messages: list[dict[str, Any]]) -> int:
         return int(self.config.max_token)
@@ -239,14 +249,18 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()
 
 
-def _warn_of_guess(call: calls.Call) -> None:
+def _warn_of_window(call: calls.Call) -> None:
+    """Once, where nobody has said how large the window is, or what the configuration says is not so."""
     key = (call.endpoint.base_url, call.endpoint.model)
-    if key not in _guessed and window_is_a_guess(call):
-        _guessed.add(key)
-        logger.warning(
-            f"{call.endpoint.address} does not say how large the context of {call.endpoint.model} is; assuming "
-            f"{DEFAULT_WINDOW:,} tokens. Set llm.local.context.window in config2.yaml to what is loaded."
-        )
+    too_large = window_is_too_large(call)
+    if key in _warned or not (too_large or window_is_a_guess(call)):
+        return
+    _warned.add(key)
+    logger.warning(
+        too_large
+        or f"{call.endpoint.address} does not say how large the context of {call.endpoint.model} is; assuming "
+        f"{DEFAULT_WINDOW:,} tokens. Set llm.local.context.window in config2.yaml to what is loaded."
+    )
 
 
 def _log(event: events.Event) -> None:
@@ -262,18 +276,28 @@ def _log(event: events.Event) -> None:
         logger.warning(f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most.")
     elif isinstance(event, events.Trimmed):
         logger.warning(
-            f"{who}: the prompt was too long for the context window of {event.window:,} tokens: "
-            f"{event.dropped_messages} messages left out, {event.shortened_messages} shortened, about "
-            f"{event.removed_tokens:,} tokens less; {event.prompt_tokens:,} remain."
+            f"{who}: the prompt of {event.prompt_tokens + event.removed_tokens:,} tokens was over the {event.budget:,} that "
+            f"the context window of {event.window:,} leaves beside the answer: {_lost(event)}; {event.prompt_tokens:,} remain."
         )
     elif isinstance(event, events.Done):
         first = f", first token after {event.ttft:.1f} s" if event.ttft is not None else ""
+        omitted = f", {event.omitted_messages:,} messages of the conversation left out" if event.omitted_messages else ""
         logger.info(
             f"{who}: {event.prompt_tokens:,} tokens in, {event.completion_tokens:,} out in {event.elapsed:.1f} s"
-            f"{first} (tier {event.call.tier}, {event.finish_reason})"
+            f"{first} (tier {event.call.tier}, {event.finish_reason}{omitted})"
         )
-        if event.finish_reason == "length":
-            logger.warning(f"{who}: the answer was cut at its largest length; raise llm.max_token or the context.")
+        if event.cut_by == "max_tokens":
+            logger.warning(f"{who}: the answer was cut at its largest length; raise llm.max_token.")
+        elif event.cut_by == "window":
+            logger.warning(
+                f"{who}: the answer was cut where the context window ended; load the model with a larger one, or keep more of "
+                "it free (llm.local.context.reserve)."
+            )
+
+
+def _lost(trim: events.Trimmed) -> str:
+    counts = {"left out": trim.dropped_messages, "shortened": trim.shortened_messages, "made one line": trim.replaced_messages}
+    return ", ".join(f"{count} message{'s' * (count > 1)} {how}" for how, count in counts.items() if count)
 
 
 _unsubscribe: Callable[[], None] = events.subscribe(_log)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
+from typing import Any, Callable, NoReturn, Optional, Sequence
 
 import anyio
 import httpx
@@ -20,10 +20,12 @@ from metagpt_localllm.events import CallInfo
 from metagpt_localllm.failures import Failure
 from metagpt_localllm.history import history_of
 from metagpt_localllm.lifecycle import CallLife
+from metagpt_localllm.messages import Message
 from metagpt_localllm.servers import Server
 from metagpt_localllm.settings import Backoff, LocalSettings
 from metagpt_localllm.tiers import Caller, choose_tier
-from metagpt_localllm.tokens import estimate_prompt
+from metagpt_localllm.tokenizer_file import load_tokenizer
+from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.transport import Endpoint
 
 __all__ = ["Call", "Prompt", "Run", "request_to"]
@@ -51,6 +53,7 @@ class Call:
         context_length: ``llm.context_length`` in tokens, or None.
         attempt_cap: ``llm.timeout`` in seconds where the user set it.
         call_timeout: limit of the whole call in seconds where its caller set one.
+        compress_type: MetaGPT 1.0.0's setting of that name; it counts where ``context.policy`` is not set.
         show: takes text as it comes.
     """
 
@@ -61,18 +64,33 @@ class Call:
     context_length: Optional[int] = None
     attempt_cap: Optional[float] = None
     call_timeout: Optional[float] = None
+    compress_type: str = ""
     show: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request made ready: the same bytes for every attempt."""
+    """A request made ready: the same bytes for every attempt.
+
+    Attributes:
+        content: its body.
+        messages: in it.
+        counts: tokens of each of them.
+        tokens: of the prompt; may be an estimate.
+        max_tokens: of the answer, as it is asked for.
+        wanted: of the answer, as the caller wants.
+        window: context window in tokens that it was fitted to, or None.
+        omitted: messages left out of it, by this call or an earlier one.
+    """
 
     content: bytes
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[Message]
+    counts: Sequence[float]
     tokens: int
     max_tokens: int
-    estimate: int
+    wanted: int
+    window: Optional[int]
+    omitted: int
 
 
 class Run:
@@ -83,9 +101,13 @@ class Run:
         self.call = call
         self.server: Server = servers.UNKNOWN
         self.history = history_of(endpoint)
-        self.estimate = estimate_prompt(call.body["messages"], tools)
+        named = settings.context.tokenizer
+        self.chat = self.history.conversations.open(
+            call.body["messages"], tools, load_tokenizer(named) if named else estimate_text,
+            servers.learned(endpoint).scale,
+        )  # fmt: skip
         self.tier = choose_tier(
-            settings.tiers, call.caller, model=endpoint.model, prompt_tokens=self.estimate, has_tools=bool(tools)
+            settings.tiers, call.caller, model=endpoint.model, prompt_tokens=self.chat.tokens, has_tools=bool(tools)
         )
         self.time_scale = _time_scale()
         self.deadlines = plan_deadlines(settings.timeouts, self.tier, call.attempt_cap)
@@ -102,6 +124,8 @@ class Run:
         self.info = CallInfo(next(_numbers), endpoint.model, call.caller, self.deadlines.tier)
         self.answer = Answer()
         self.shared_tokens = 0
+        self.trims: list[events.Trimmed] = []
+        self.truncated = 0  # times that the server has cut a prompt of this call without a word
         self.counts = True  # until a count of the server's has failed
         self.alone = False  # until the server has run out of the context that its slots share
         self.death: Optional[Failure] = None  # the proof that the server has lost this request

@@ -233,10 +233,38 @@ class RetrySettings(_Section):
 
 
 class ContextSettings(_Section):
-    """The context window and the part of it kept free for the answer, in tokens."""
+    """How a prompt is made to fit the context window; ``window`` and ``reserve`` in tokens."""
 
-    window: Union[Literal["auto"], int] = "auto"
-    reserve: Union[Literal["auto"], int] = "auto"
+    window: Union[Literal["auto"], int] = Field("auto", description="auto: what the server has loaded")
+    reserve: Union[Literal["auto"], int] = Field("auto", description="kept free for the answer; auto: max_token, a quarter at most")
+    policy: StrictStr = Field("oldest", description="oldest, middle, observations, or package.module:function")
+    low_water: float = Field(0.6, description="share of the room that is filled after a trim")
+    oversized: Literal["cut", "refuse"] = Field("cut", description="what is done with a single message that is too large")
+    tokenizer: Optional[StrictStr] = Field(None, description="path of a tokenizer.json, for servers that do not count")
+
+    @field_validator("low_water", mode="before")
+    @classmethod
+    def _share(cls, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ValueError(f"{value!r} is not a share above 0 and at most 1, such as 0.6")
+        return float(value)
+
+    @field_validator("policy")
+    @classmethod
+    def _policy(cls, value: str) -> str:
+        from metagpt_localllm.policies import named
+
+        named(value)
+        return value
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer(cls, value: Optional[str]) -> Optional[str]:
+        if value is not None:
+            from metagpt_localllm.tokenizer_file import load_tokenizer
+
+            load_tokenizer(value)
+        return value
 
     @field_validator("window", "reserve", mode="before")
     @classmethod

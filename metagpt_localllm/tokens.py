@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
 from typing import Any, Mapping, Optional, Sequence
 
 __all__ = ["IMAGE_TOKENS", "MESSAGE_TOKENS", "TokenCount", "estimate_message", "estimate_prompt", "estimate_text"]
@@ -30,7 +29,6 @@ _RUNS = re.compile(
 )
 
 
-@lru_cache(maxsize=256)
 def estimate_text(text: str) -> TokenCount:
     """Tokens of ``text``; an over-estimate for ordinary prose, code, CJK, and what looks like noise."""
     tokens = 0

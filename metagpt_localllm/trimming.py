@@ -1,88 +1,222 @@
-"""Fits a list of messages into a number of tokens. Pure: counting is passed in.
+"""Fits a conversation into a number of tokens. Pure: counts, the policy and the way to shorten a text are passed in.
 
-Kept are the system messages and the latest message; of the others the oldest go first, whole, a tool
-call together with its answers. Only when that is not enough does a message lose its middle, the
-largest first, with a marker that says how much is gone. The result is never larger than what was
-given, and fitting a fitted list changes nothing.
+Kept are the system messages, the task (the first message after them) and the latest message with the tool call that it
+answers. Of the others a policy says what goes first; they go down to a low-water mark, so that many calls can follow whose
+prompt only grows at its end, and a server's prefix cache holds. A single message that is too large loses its middle.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional, Sequence, Union
+from typing import Callable, Iterator, Literal, Mapping, Optional, Sequence, Union
 
-__all__ = ["Fitted", "Message", "fit"]
+from metagpt_localllm.messages import Message
+from metagpt_localllm.policies import Drop, Policy, Replace, Turn, oldest
 
-Message = Mapping[str, Any]
+__all__ = ["Change", "Shorten", "Trimmed", "trim"]
 
-#: Below this many characters a message is not worth cutting: little would be left beside the marker.
-_SHORTEST_CUT = 200
+#: What becomes of a message: None where it is left out, else what is sent in its place.
+Change = Optional[Message]
+#: ``(position, message, target, keep)``: the message with so much less text that it has at most ``target`` tokens, or as few
+#: as it can be given; None where nothing can be taken.
+Shorten = Callable[[int, Message, float, Literal["both", "start", "end"]], Optional[Message]]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What is sent, and what it cost.
+class Trimmed:
+    """What was done.
 
     Attributes:
-        messages: the messages that remain, in their order.
-        dropped: how many messages are gone whole.
-        shortened: how many lost their middle.
-        removed_tokens: tokens saved, by the count that was passed in.
-        tokens: tokens of what remains, by the same count.
-        fits: whether ``tokens`` is within the budget.
+        changes: by position, of this trim alone.
+        dropped: messages left out whole.
+        shortened: messages that lost a part of their text.
+        replaced: messages that gave way to a stub.
+        tokens: of what remains, by the counts passed in.
     """
 
-    messages: list[Message]
+    changes: Mapping[int, Change]
     dropped: int
     shortened: int
-    removed_tokens: int
-    tokens: int
-    fits: bool
+    replaced: int
+    tokens: float
 
 
-def fit(messages: Sequence[Message], budget: int, count: Callable[[Message], int]) -> Fitted:
-    """Fits ``messages`` into ``budget`` tokens as counted by ``count``, message by message."""
-    before = sum(count(message) for message in messages)
-    if before <= budget:
-        return Fitted(list(messages), 0, 0, 0, before, True)
+def trim(
+    messages: Sequence[tuple[int, Message]],
+    budget: float,
+    *,
+    low_water: float,
+    policy: Policy,
+    cut_fixed: bool,
+    count: Callable[[int, Message], float],
+    shorten: Shorten,
+) -> Trimmed:
+    """Fits ``messages`` into ``budget`` tokens; what has fitted already stays as it is.
 
-    kept: dict[int, Message] = dict(enumerate(messages))
-    tokens = before
-    for unit in _units(messages):
-        if tokens <= budget:
-            break
-        if len(messages) - 1 not in unit and not _is_system(messages[unit[0]]):
-            tokens -= sum(count(kept.pop(index)) for index in unit)
+    Args:
+        messages: each with its position in the conversation, which ``count`` gets, too.
+        budget: tokens for all of them.
+        low_water: share of the room for what may go that is filled afterwards, above 0 and at most 1.
+        policy: what goes first.
+        cut_fixed: whether what always stays may lose its middle when it is too large.
+        count: tokens of a message.
+        shorten: see :data:`Shorten`.
+    """
+    return _Trim(messages, budget, low_water, policy, cut_fixed, count, shorten).run()
 
-    shortened: set[int] = set()
-    for index in sorted(kept, key=lambda i: (_is_system(kept[i]), -count(kept[i]))):
-        while tokens > budget:  # a message of several parts may have to lose more than one middle
-            shorter = _lose_middle(kept[index], count(kept[index]) - (tokens - budget), count)
-            if shorter is None:
+
+class _Trim:
+    def __init__(
+        self, messages: Sequence[tuple[int, Message]], budget: float, low_water: float, policy: Policy, cut_fixed: bool,
+        count: Callable[[int, Message], float], shorten: Shorten,
+    ) -> None:  # fmt: skip
+        self.kept = dict(messages)
+        self.sizes = {index: count(index, message) for index, message in messages}
+        self.tokens = sum(self.sizes.values())
+        self.budget, self.low_water, self.policy, self.cut_fixed = budget, low_water, policy, cut_fixed
+        self.count, self._shorten = count, shorten
+        self.changes: dict[int, Change] = {}
+        self.shortened: set[int] = set()
+        self.replaced: set[int] = set()
+
+    def run(self) -> Trimmed:
+        if self.tokens > self.budget:
+            self._fit()
+        gone = [index for index, change in self.changes.items() if change is None]
+        return Trimmed(
+            self.changes, len(gone), len(self.shortened.difference(gone)), len(self.replaced.difference(gone)), self.tokens
+        )
+
+    def _fit(self) -> None:
+        fixed, turns = _fixed_and_turns(list(self.kept.items()))
+        free = [index for turn in turns for index in turn]
+        others = sum(self.sizes[index] for index in free)
+        core = self.tokens - others
+        # Where the fixed ones alone are too large, a quarter is still left to what is not fixed.
+        limit = self.budget - min(others, self.budget / 4)
+        if core > self.budget and self.cut_fixed:
+            core -= self._cut_largest(fixed, core - limit)
+        room = max(self.budget - core, 0.0)
+        mark = min(core, self.budget) + room * self.low_water
+        for index in free:  # a huge log is better shortened than all else lost for it, or all of it
+            if self.sizes[index] > max(room / 2, self.budget / 4) and self.tokens > mark:
+                self._cut(index, max(room / 4, self.sizes[index] - (self.tokens - mark)))
+        chosen = [self._turn(turn) for turn in turns]
+        self._drop(self._steps(chosen, int(room * self.low_water)), mark, set(free))
+        if self.tokens > self.budget and self.cut_fixed:
+            self._cut_largest(fixed, self.tokens - self.budget)
+
+    def _steps(self, turns: Sequence[Turn], room: int) -> Iterator[Union[Drop, Replace]]:
+        try:
+            yield from self.policy(turns, room)
+        except Exception:
+            _log.warning("the policy of llm.local.context.policy failed; the oldest turns go instead", exc_info=True)
+        yield from oldest(turns, room)  # whatever a policy leaves over
+
+    def _turn(self, indices: Sequence[int]) -> Turn:
+        return Turn(indices, [self.kept[index] for index in indices], round(sum(self.sizes[index] for index in indices)))
+
+    def _drop(self, steps: Iterator[Union[Drop, Replace]], mark: float, free: set[int]) -> None:
+        """Takes steps until the mark is reached; those that touch what is fixed are not taken."""
+        for step in steps:
+            if self.tokens <= mark:
                 break
-            tokens += count(shorter) - count(kept[index])
-            kept[index] = shorter
-            shortened.add(index)
-    remaining = list(kept.values())
-    return Fitted(remaining, len(messages) - len(kept), len(shortened), before - tokens, tokens, tokens <= budget)
+            if isinstance(step, Replace):
+                if step.index in free and step.index in self.kept:
+                    self._change(step.index, step.message, self.replaced)
+                continue
+            present = [index for index in step.turn.indices if index in free and index in self.kept]
+            answers = any(self.kept[index].get("role") == "tool" for index in present)
+            for index in reversed(present) if step.keep == "start" else present:
+                excess = self.tokens - mark
+                if step.keep and not answers and excess < self.sizes[index]:
+                    self._cut(index, self.sizes[index] - excess, step.keep)
+                    if self.tokens <= mark:
+                        break
+                self.tokens -= self.sizes.pop(index)
+                del self.kept[index]
+                self.changes[index] = None
+
+    def _cut_largest(self, indices: Sequence[int], excess: float) -> float:
+        """Takes ``excess`` tokens out of the largest messages, out of the system's and the small ones last; says how many."""
+        before = self.tokens
+        systems = [index for index in indices if _is_system(self.kept[index])]
+        others = [index for index in indices if index not in systems]
+        for group, least in ((others, self.budget / 4), (systems, self.budget / 4), (indices, 0.0)):
+            missing = excess - (before - self.tokens)
+            level = max(_level([self.sizes[index] for index in group], missing), least)
+            for index in group if missing > 0 else ():
+                if self.sizes[index] > level:
+                    self._cut(index, level)
+        return before - self.tokens
+
+    def _cut(self, index: int, target: float, keep: Literal["both", "start", "end"] = "both") -> None:
+        shorter = self._shorten(index, self.kept[index], max(target, 0), keep)
+        if shorter is not None:
+            self._change(index, shorter, self.shortened)
+
+    def _change(self, index: int, message: Message, kind: set[int]) -> None:
+        size = self.count(index, message)
+        if size < self.sizes[index]:
+            self.tokens += size - self.sizes[index]
+            self.sizes[index] = size
+            self.kept[index] = self.changes[index] = message
+            kind.add(index)
 
 
 def _is_system(message: Message) -> bool:
     return message.get("role") in ("system", "developer")
 
 
-def _units(messages: Sequence[Message]) -> list[list[int]]:
-    """Positions of messages that go together: a tool call with its answers, any other message alone."""
-    units: list[list[int]] = []
-    callers: dict[str, list[int]] = {}
-    latest: Optional[list[int]] = None
-    for index, message in enumerate(messages):
+def _level(sizes: Sequence[float], excess: float) -> float:
+    """To which all larger sizes must come down so that ``excess`` goes."""
+    descending = sorted(sizes, reverse=True)
+    total = 0.0
+    for number, size in enumerate(descending, 1):
+        total += size
+        level = (total - excess) / number
+        if number == len(descending) or level >= descending[number]:
+            return max(level, 0.0)
+    return 0.0
+
+
+def _fixed_and_turns(messages: Sequence[tuple[int, Message]]) -> tuple[list[int], list[list[int]]]:
+    """What always stays, and what may go in turns: from the model's word to the next, so that roles go on alternating."""
+    units = _units(messages)
+    bodies = [unit for unit in units if not _is_system(unit[0][1])]
+    latest = max(bodies, key=lambda unit: unit[-1][0], default=None)
+    task = bodies[0] if bodies and bodies[0][0][1].get("role") != "assistant" else None
+    fixed = [index for unit in units for index, message in unit if _is_system(message) or unit is latest or unit is task]
+    turns: list[list[int]] = []
+    answered = True  # whether the last turn is closed
+    for unit in bodies:
+        indices = [index for index, _ in unit]
+        if unit is latest or unit is task:
+            answered = True
+        elif unit[0][1].get("role") == "assistant" or answered:
+            turns.append(indices)
+            answered = unit[0][1].get("role") != "assistant"
+        else:
+            turns[-1] += indices
+            answered = True
+    return fixed, turns
+
+
+def _units(messages: Sequence[tuple[int, Message]]) -> list[list[tuple[int, Message]]]:
+    """Messages that no server takes apart: a tool call with its answers, any other message alone."""
+    units: list[list[tuple[int, Message]]] = []
+    callers: dict[str, list[tuple[int, Message]]] = {}
+    latest: Optional[list[tuple[int, Message]]] = None
+    for index, message in messages:
         # An answer that names no call, or one unknown, belongs to what came right before it.
         caller = callers.get(str(message.get("tool_call_id")), latest) if message.get("role") == "tool" else None
         if caller is not None:
-            caller.append(index)
+            caller.append((index, message))
             continue
-        unit = [index]
+        unit = [(index, message)]
         units.append(unit)
         if not _is_system(message):
             latest = unit
@@ -90,71 +224,3 @@ def _units(messages: Sequence[Message]) -> list[list[int]]:
             if isinstance(call, Mapping):
                 callers[str(call.get("id"))] = unit
     return units
-
-
-def _lose_middle(message: Message, target: int, count: Callable[[Message], int]) -> Optional[Message]:
-    """``message`` with the least taken out of its middle so that it counts at most ``target`` tokens.
-
-    Where even the shortest form is too long, that form; None where nothing can be taken.
-    """
-    text = _text(message)
-    if text is None or len(text) < _SHORTEST_CUT:
-        return None
-    whole = count(message)
-
-    def cut(keep: int) -> Message:
-        head = _line_end(text, keep // 2)
-        tail = _line_start(text, len(text) - (keep - keep // 2), head)
-        bare = count(_with_text(message, text[:head] + text[tail:]))
-        marker = f"\n[… about {max(whole - bare, 1):,} tokens left out here to fit the context window …]\n"
-        return _with_text(message, text[:head] + marker + text[tail:])
-
-    low, high = 0, len(text)  # cut(low) may be too long still; cut(high) is not short enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        if count(cut(middle)) <= target:
-            low = middle
-        else:
-            high = middle
-    shorter = cut(low)
-    return shorter if count(shorter) < whole else None
-
-
-def _line_end(text: str, at: int) -> int:
-    """The end of the last line that ends in the second half before ``at``; ``at`` where there is none."""
-    newline = text.rfind("\n", at // 2, at)
-    return newline if newline > 0 else at
-
-
-def _line_start(text: str, at: int, head: int) -> int:
-    newline = text.find("\n", at, at + (len(text) - at) // 2)
-    return max(newline + 1 if newline >= 0 else at, head)
-
-
-def _text(message: Message) -> Optional[str]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    largest = _largest_text_part(content)
-    return None if largest is None else str(content[largest]["text"])  # type: ignore[index]
-
-
-def _largest_text_part(content: Any) -> Optional[int]:
-    if not isinstance(content, Sequence):
-        return None
-    sizes = [
-        (len(part["text"]), index)
-        for index, part in enumerate(content)
-        if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    ]
-    return max(sizes)[1] if sizes else None
-
-
-def _with_text(message: Message, text: str) -> Message:
-    content: Union[str, list[Any]] = text
-    if not isinstance(message["content"], str):
-        content = list(message["content"])
-        index = _largest_text_part(content)
-        assert index is not None
-        content[index] = {**content[index], "text": text}
-    return {**message, "content": content}

@@ -164,6 +164,7 @@ class Server:
         lists: whether ``/v1/models`` always answers.
         usual_window: context window in tokens that it takes unless told otherwise, where it never says which it has.
         truncates: whether it cuts a prompt that is too long without a word; ``usage.prompt_tokens`` tells what is left.
+        sums: whether it refuses a prompt that fits its context, but not together with ``max_tokens``.
         blank: whether it answers a prompt that is too long with a 200 that holds no token.
         facts: what it said.
     """
@@ -175,6 +176,7 @@ class Server:
     lists: ClassVar[bool] = True
     usual_window: ClassVar[Optional[int]] = None
     truncates: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
     blank: ClassVar[bool] = False
 
     def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:

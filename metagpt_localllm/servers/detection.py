@@ -63,11 +63,13 @@ class Learned:
 
     Attributes:
         window: context window in tokens as such an error named it, or None.
-        scale: tokens as the server counts them over those that we estimate; 1 until an error says otherwise.
+        scale: by how much more we estimate than usual, since the server refused a prompt and did not say how long it was.
+        counts_all: whether its count of a prompt's tokens can be compared with ours.
     """
 
     window: Optional[int] = None
     scale: float = 1.0
+    counts_all: bool = True
 
 
 _Key = tuple[str, str]

@@ -16,6 +16,7 @@ class VLLM(Server):
     # It tells nothing of its work, but its health, whatever its engine is doing.
     watchable: ClassVar[bool] = True
     counts: ClassVar[bool] = True
+    sums: ClassVar[bool] = True
     #: ``owned_by`` in its list of models.
     owner: ClassVar[str] = "vllm"
 

@@ -1,0 +1,299 @@
+"""What is remembered of conversations: their messages, what each counts, and how they were cut. No I/O, no clock.
+
+MetaGPT sends a growing list of messages again and again. The one that was sent last is found again by its beginning, so
+that only what is new is counted, and a cut once made stays as it is: the prompt then grows only at its end.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+from metagpt_localllm.calibration import Calibration, Script, by_script, script_of
+from metagpt_localllm.messages import Message, text_of
+from metagpt_localllm.tokens import MESSAGE_TOKENS, estimate_message, estimate_text
+from metagpt_localllm.trimming import Change
+
+__all__ = ["Conversation", "Conversations", "Size", "size_of"]
+
+#: Conversations that are remembered for one model: more than roles that talk in turn.
+_REMEMBERED = 16
+#: What a count is off by, at the most, that is a message's share of what several messages counted together.
+_SHARE = 1.25
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is known of a message's size before anyone counts.
+
+    Attributes:
+        parts: tokens as estimated, by script: of its text, and as "frame" of the template's and of tool calls.
+        text: tokens of its text as estimated.
+        images: tokens of its images, of which nobody but the server knows better.
+        most: tokens that it has at the most, since none is shorter than a byte; infinite with images.
+    """
+
+    parts: Mapping[Script, int]
+    text: int
+    images: int
+    most: float
+
+    @property
+    def rest(self) -> int:
+        """Tokens of all but the text."""
+        return self.parts.get("frame", 0) + self.images
+
+
+def size_of(message: Message, count_text: Callable[[str], int] = estimate_text) -> Size:
+    content, text = message.get("content"), text_of(message)
+    # A tokenizer's own count needs no telling scripts apart.
+    parts = by_script(text) if count_text is estimate_text else {script_of(text): count_text(text)}
+    frame = estimate_message({**message, "content": None})
+    images = 0
+    most: float = len(text.encode("utf-8", "replace")) + 2 * MESSAGE_TOKENS
+    if frame > MESSAGE_TOKENS:
+        most += len(json.dumps({**message, "content": None}, default=str))  # templates render tool calls in their own ways
+    if not isinstance(content, str) and content is not None:
+        images = max(estimate_message({"content": content}) - MESSAGE_TOKENS - estimate_text(text), 0)
+        most = math.inf if images else most
+    return Size({**parts, "frame": frame}, sum(parts.values()), images, most)
+
+
+class Conversation:
+    """A list of messages, what of it is sent, and what that counts.
+
+    Attributes:
+        sent: the messages that go to the server, in order; some may be left out or shortened.
+        omitted: messages left out of it.
+        window: context window in tokens for which it was cut, or None.
+    """
+
+    def __init__(self, tools: str, calibration: Calibration, count_text: Callable[[str], int], distrust: float = 1.0) -> None:
+        self._tools = tools
+        self._calibration = calibration
+        self._count_text = count_text
+        self._distrust = distrust
+        self._frame = MESSAGE_TOKENS + (math.ceil(estimate_text(tools) * calibration.factor("code")) if tools else 0)
+        self._frame_most = 2 * MESSAGE_TOKENS + 2 * len(tools.encode("utf-8", "replace"))
+        self._messages: list[Message] = []  # as they were given
+        self._sizes: list[Size] = []
+        self._counts: list[float] = []  # tokens of each as it is sent
+        self._shared: list[bool] = []  # whether its count is its share of what the server counted
+        self._changes: dict[int, Change] = {}
+        self._known = 0  # so many of those sent count together exactly what the server said
+        self._known_tokens = 0
+        self.sent: list[Message] = []
+        self._positions: list[int] = []  # of those sent
+        self.window: Optional[int] = None
+
+    # ------------------------------------------------------------------ growing
+
+    def grown(self, messages: Sequence[Message], common: int, distrust: float) -> Conversation:
+        """The conversation that begins with the first ``common`` messages of this one and goes on as ``messages`` does."""
+        new = Conversation(self._tools, self._calibration, self._count_text, distrust)
+        new._messages, new._sizes = self._messages[:common], self._sizes[:common]
+        new._counts, new._shared = self._counts[:common], self._shared[:common]
+        latest = len(messages) - 1
+        new._changes = {
+            # What is the latest message now may not have been that then.
+            i: change for i, change in self._changes.items() if i < common and not (i == latest and change is None)
+        }  # fmt: skip
+        new.window = self.window if new._changes else None
+        if common == len(self._messages) and len(new._changes) == len(self._changes):
+            new.sent, new._positions = self.sent[:], self._positions[:]
+        else:
+            new._lay_out(0)
+        if self._known and self._known <= len(new.sent) and self._positions[self._known - 1] < common:
+            new._known, new._known_tokens = self._known, self._known_tokens
+        new._add(messages[common:])
+        return new
+
+    def _add(self, messages: Sequence[Message]) -> None:
+        for position in range(self._positions[self._known - 1] + 1 if self._known else 0, len(self._messages)):
+            if not self._shared[position]:
+                self._counts[position] = self._estimate(self._sizes[position])
+        start = len(self._messages)
+        for message in messages:
+            plain = all(isinstance(value, str) for value in message.values())
+            self._messages.append(dict(message) if plain else copy.deepcopy(dict(message)))
+            size = size_of(message, self._count_text)
+            self._sizes.append(size)
+            self._counts.append(self._estimate(size))
+            self._shared.append(False)
+        self._lay_out(start)
+
+    def _lay_out(self, start: int) -> None:
+        for position in range(start, len(self._messages)):
+            message = self._changes.get(position, self._messages[position])
+            if message is not None:
+                self.sent.append(message)
+                self._positions.append(position)
+
+    def _estimate(self, size: Size) -> float:
+        return (self._calibration.upper(size.parts) + size.images) * self._distrust
+
+    # ------------------------------------------------------------------ counting
+
+    @property
+    def omitted(self) -> int:
+        return len(self._messages) - len(self.sent)
+
+    @property
+    def known(self) -> bool:
+        """Whether the server itself has counted all that is sent."""
+        return bool(self.sent) and self._known == len(self.sent)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of what is sent, with the tools and the template's opening of the answer."""
+        rest = sum(self._counts[position] for position in self._positions[self._known :])
+        return math.ceil((self._known_tokens or self._frame) + rest)
+
+    @property
+    def most(self) -> float:
+        """Tokens that it has at the most."""
+        total: float = self._known_tokens or self._frame_most
+        for position in self._positions[self._known :]:
+            total += self._counts[position] * _SHARE if self._shared[position] else self._sizes[position].most
+        return total
+
+    @property
+    def least(self) -> float:
+        """Tokens that it has at the least."""
+        total = float(self._known_tokens)
+        for position in self._positions[self._known :]:
+            size = self._sizes[position]
+            total += self._counts[position] / _SHARE if self._shared[position] else self._calibration.lower(size.parts)
+        return total
+
+    @property
+    def frame(self) -> int:
+        """Tokens that belong to no message."""
+        return self._frame
+
+    def doubt(self, factor: float) -> None:
+        """The server has shown that the counts are too low, and not by how much."""
+        self._distrust *= factor
+        self._counts = [count * factor for count in self._counts]
+        self._known = self._known_tokens = 0
+
+    def recount(self) -> None:
+        """What the server counted was not all of it."""
+        self._shared = [False] * len(self._messages)
+        self._known = self._known_tokens = 0
+        self._counts = [self._estimate(size) for size in self._sizes]
+
+    def counts(self) -> list[float]:
+        """Tokens of each message that is sent."""
+        return [self._counts[position] for position in self._positions]
+
+    def counted(self, tokens: int) -> None:
+        """The server has counted what is sent now: that teaches what its messages count, and how to estimate others."""
+        if self.known and tokens == self._known_tokens:
+            return
+        group = self._positions[self._known :] or self._positions
+        before = self._known_tokens if len(group) < len(self._positions) else 0
+        estimated = sum(self._counts[position] for position in group)
+        share = tokens - (before or self._frame)
+        if share <= 0 or estimated <= 0:
+            return
+        if not any(self._shared[position] or self._sizes[position].images for position in group):
+            estimates: dict[Script, int] = {}
+            for position in group:
+                for script, size in self._sizes[position].parts.items():
+                    estimates[script] = estimates.get(script, 0) + size
+            self._calibration.observe(estimates, share)
+        for position in group:
+            self._counts[position] *= share / estimated
+            self._shared[position] = True
+        self._known, self._known_tokens = len(self.sent), tokens
+
+    # ------------------------------------------------------------------ cutting
+
+    def positions(self) -> list[tuple[int, Message]]:
+        """What is sent, each with its position."""
+        return list(zip(self._positions, self.sent))
+
+    def count(self, position: int, message: Message) -> float:
+        """Tokens of ``message`` in the place of the one at ``position``, by what that one counts."""
+        current = self._changes.get(position, self._messages[position])
+        if message is current:
+            return self._counts[position]
+        return self.count_text_at(position, text_of(message)) + self._sizes[position].rest
+
+    def count_text_at(self, position: int, text: str) -> float:
+        """Tokens of a part of the text of the message at ``position``."""
+        size = self._sizes[position]
+        density = max(self._counts[position] - size.rest, 1.0) / size.text if size.text else self._distrust
+        return self._count_text(text) * density
+
+    def cut(self, changes: Mapping[int, Change], window: int) -> None:
+        """Takes ``changes`` over, for this and all later calls."""
+        for position, message in changes.items():
+            if message is not None:
+                self._counts[position] = self.count(position, message)
+                self._sizes[position] = size_of(message, self._count_text)
+        self._changes.update(changes)
+        self.window = window
+        self.sent, self._positions = [], []
+        self._known = self._known_tokens = 0
+        self._lay_out(0)
+
+    def uncut(self) -> None:
+        """All of it is sent again: there is more room than when it was cut."""
+        for position, change in self._changes.items():
+            if change is not None:
+                self._sizes[position] = size_of(self._messages[position], self._count_text)
+                self._counts[position] = self._estimate(self._sizes[position])
+                self._shared[position] = False
+        self._changes.clear()
+        self.window = None
+        self.sent, self._positions = [], []
+        self._known = self._known_tokens = 0
+        self._lay_out(0)
+
+
+class Conversations:
+    """The conversations with one model."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._kept: list[Conversation] = []
+
+    def open(
+        self, messages: Sequence[Message], tools: Any, count_text: Callable[[str], int] = estimate_text, distrust: float = 1.0
+    ) -> Conversation:
+        """The conversation that ``messages`` is, as far as it is remembered; it is kept with :meth:`keep`."""
+        rendered = json.dumps(tools, ensure_ascii=False, default=str) if tools else ""
+        best, common = Conversation(rendered, self._calibration, count_text, distrust), 0
+        for earlier in reversed(self._kept):
+            if earlier._tools == rendered and earlier._count_text is count_text:
+                same = _common(earlier._messages, messages)
+                if same > common:
+                    best, common = earlier, same
+        return best.grown(messages, common, distrust)
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    def keep(self, conversation: Conversation) -> None:
+        """Remembers it instead of those that it goes on with."""
+        messages = conversation._messages
+        self._kept = [
+            earlier for earlier in self._kept
+            if earlier is not conversation
+            and (earlier._tools != conversation._tools or len(earlier._messages) > _common(earlier._messages, messages))
+        ][-_REMEMBERED + 1 :]  # fmt: skip
+        self._kept.append(conversation)
+
+
+def _common(one: Sequence[Message], other: Sequence[Message]) -> int:
+    """How many messages both begin with."""
+    size = min(len(one), len(other))
+    if one and other and one[0] == other[0] and one[:size] == other[:size]:
+        return size
+    return next((index for index in range(size) if one[index] != other[index]), size)
+
