@@ -295,7 +295,7 @@ async def own_time(messages: int, calls: int) -> tuple[float, float]:
         run = Run(Call(endpoint, settings, body, Caller()))
         prompt = await prepare(run)
         run.plan(prompt)
-        run.history.sent(prompt.messages)
+        run.history.sent(prompt.messages, prompt.counts)
         seconds.append(time.perf_counter() - started)
     return seconds[0], statistics.median(seconds[1:])
 

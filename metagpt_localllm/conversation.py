@@ -112,7 +112,7 @@ class Conversation:
         return new
 
     def _add(self, messages: Sequence[Message]) -> None:
-        for position in range(self._positions[self._known - 1] + 1 if self._known else 0, len(self._messages)):
+        for position in self._positions[self._known :]:  # more may have been learned since
             if not self._shared[position]:
                 self._counts[position] = self._estimate(self._sizes[position])
         start = len(self._messages)

@@ -47,7 +47,7 @@ class History:
 
     def sent(self, messages: Messages, counts: Sequence[float]) -> None:
         """A prompt goes out; ``counts``: tokens of each message."""
-        self._prompts.append((messages, counts))
+        self._prompts.append((tuple(messages), counts))
 
     def record(self, sample: Sample, now: float) -> None:
         """Learns from an attempt, for now and for later runs."""

@@ -16,7 +16,7 @@ _keep = st.sampled_from(["both", "start", "end"])
 
 
 def count(text):
-    return estimate_text.__wrapped__(text)
+    return estimate_text(text)
 
 
 class Counting:

@@ -273,8 +273,8 @@ def test_a_list_that_grows_after_it_was_sent_shares_only_what_was_sent(tmp_path)
 
     known = History(Endpoint("http://a/v1", "m"), State(tmp_path / "x.db"))
     messages = [{"role": "user", "content": "one two three"}]
-    known.sent(messages)
     first = estimate_message(messages[0])
+    known.sent(messages, [first])
     messages.append({"role": "assistant", "content": "four five six"})
     assert known.shared_tokens(messages) == first
 
