@@ -94,13 +94,13 @@ class Calibration:
         seen = self._seen[script]
         if not seen:
             return 1.0
-        largest = max(_LEAST[script], max(high for _, high in seen))
+        largest = max(_LEAST[script], max(high for _, high in tuple(seen)))
         return max((1 + _LAST_MARGIN) * largest, min(1.0, _margin(len(seen)) * largest))
 
     def floor(self, script: Script) -> float:
         """Tokens per token estimated, at the least."""
         seen = self._seen[script]
-        return min(low for low, _ in seen) / _margin(len(seen)) ** 2 if seen else _LEAST[script]
+        return min(low for low, _ in tuple(seen)) / _margin(len(seen)) ** 2 if seen else _LEAST[script]
 
     def upper(self, estimates: Mapping[Script, TokenCount]) -> TokenCount:
         """Tokens on the safe side, of a text or prompt that was estimated like that."""
@@ -147,7 +147,7 @@ class Calibration:
             seen.clear()
 
     def _usual(self, script: Script) -> float:
-        highest = sorted(high for _, high in self._seen[script])
+        highest = sorted(high for _, high in tuple(self._seen[script]))
         return highest[len(highest) // 2] if highest else _USUAL[script]
 
 

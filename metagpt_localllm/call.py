@@ -22,12 +22,13 @@ from metagpt_localllm import errors, events, latency, servers
 from metagpt_localllm.answer import Answer
 from metagpt_localllm.attempt import attempt, broken
 from metagpt_localllm.concurrency import gate_for
-from metagpt_localllm.context import learn, learn_count, prepare, truncation
+from metagpt_localllm.context import prepare
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import BackOff, GiveUp, SendAgain, WaitForServer
 from metagpt_localllm.run import Call, Prompt, Run
 from metagpt_localllm.servers import Identified
 from metagpt_localllm.tokens import estimate_text
+from metagpt_localllm.truncation import learn, learn_count, unmask
 
 __all__ = ["Call", "Outcome", "complete"]
 
@@ -73,7 +74,7 @@ async def _until_whole(run: Run) -> Outcome:
             )  # fmt: skip
             run.answer, run.death = Answer(), None
             run.history.sent(prompt.messages, prompt.counts)
-            failure = truncation(run, prompt, await attempt(run, prompt.content))
+            failure = await unmask(run, prompt, await attempt(run, prompt.content))
         _record(run, prompt, failure)
         if failure is None:
             try:
@@ -112,12 +113,12 @@ async def _until_whole(run: Run) -> Outcome:
 
     life.whole()
     run.show("\n")
-    learn_count(run)
+    learn_count(run, prompt)
     usage = outcome.usage
     events.publish(
         events.Done(
             run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(run.answer.finish_reason),
-            life.ttft, life.longest_gap, anyio.current_time() - life.started, _cut_by(run, prompt, usage), prompt.omitted,
+            life.ttft, life.longest_gap, anyio.current_time() - life.started, _cut_by(run, prompt, usage), prompt.changed,
         )
     )  # fmt: skip
     return outcome
@@ -155,6 +156,8 @@ async def _turn(run: Run) -> AsyncIterator[None]:
         yield
 
 
+#: Share of the context window from which on it is full: servers leave some tokens free.
+_FULL = 0.95
 #: The deadline that each time-out is the end of.
 _CENSORED: Mapping[type[errors.LocalLLMError], str] = {
     errors.FirstTokenTimeout: "first_token",
@@ -203,4 +206,7 @@ def _cut_by(run: Run, prompt: Prompt, usage: CompletionUsage) -> str:
     """What ended an answer of the finish_reason "length", which servers give for max_tokens and for a full window alike."""
     if run.answer.finish_reason != "length":
         return ""
-    return "max_tokens" if usage.completion_tokens >= prompt.wanted else "window"
+    if usage.completion_tokens >= prompt.wanted - 1:
+        return "max_tokens"
+    asked_less = prompt.max_tokens < prompt.wanted and usage.completion_tokens >= prompt.max_tokens - 1
+    return "window" if asked_less or usage.total_tokens >= _FULL * (prompt.window or math.inf) else "server"

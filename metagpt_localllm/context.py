@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any, Literal, NoReturn, Optional, Sequence
 
+import anyio
+
 from metagpt_localllm import errors, events, servers
 from metagpt_localllm.conversation import Conversation
 from metagpt_localllm.failures import Failure, Kind
@@ -16,7 +18,7 @@ from metagpt_localllm.servers import Server
 from metagpt_localllm.shortening import shorten
 from metagpt_localllm.trimming import Trimmed, trim
 
-__all__ = ["DEFAULT_WINDOW", "learn", "learn_count", "prepare", "truncation", "window_is_a_guess", "window_is_too_large"]
+__all__ = ["DEFAULT_WINDOW", "prepare", "window_is_a_guess", "window_is_too_large"]
 
 #: Tokens assumed where neither the server nor the configuration names the context window.
 DEFAULT_WINDOW = 4096
@@ -26,10 +28,10 @@ _SHORTEST_CUT = 200
 _ROUNDS = 4
 #: Share of the tokens aimed at below which too much has gone.
 _USED = 0.9
-#: Share of the tokens that a prompt surely has; a server that counts fewer has not read all of it.
-_SURELY = 0.9
-#: Tokens that fit any context that anybody loads: a server that counts fewer has not cut for want of room.
-_SURELY_FITS = 512
+#: Seconds between two questions whether a window that was learned has grown.
+_ASK_AGAIN = 30.0
+#: Counts that may fail in a row before a server is not asked for one any more.
+_COUNTS = 2
 
 
 def _window(call: Call, server: Server) -> Optional[int]:
@@ -70,14 +72,17 @@ async def prepare(run: Run) -> Prompt:
     wanted = int(body.pop("max_tokens", None) or (window or DEFAULT_WINDOW) // 4)
     room = window
     if window is not None:
-        if chat.window is not None and window > chat.window:
-            chat.uncut()
         configured = call.settings.context.reserve
         reserve = min(wanted, window // 4) if configured == "auto" else configured
         budget = window - reserve
+        roomy = chat.window is not None and chat.whole <= call.settings.context.low_water * budget
+        if roomy or window > (chat.window or window):
+            chat.uncut()
         # Only a prompt that may be too long is sent to be counted, and none that surely is.
         if chat.most + (wanted if server.sums else reserve) > window and chat.least <= budget:
             await _count(run)
+        if chat.whole > budget and await _has_grown(run, window):
+            return await prepare(run)
         if chat.tokens > budget:
             await _trim(run, budget, window)
             if chat.tokens > budget:
@@ -91,16 +96,31 @@ async def prepare(run: Run) -> Prompt:
     if not servers.is_strict(call.endpoint):
         body.update(server.extras())
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
-    return Prompt(content, chat.sent, chat.counts(), chat.tokens, body["max_tokens"], wanted, window, chat.omitted)
+    return Prompt(content, chat.sent, chat.counts(), chat.tokens, body["max_tokens"], wanted, window, chat.changed)
+
+
+async def _has_grown(run: Run, window: int) -> bool:
+    """Whether the server has loaded more since an error told of this window, as that error advised."""
+    endpoint, taught = run.call.endpoint, servers.learned(run.call.endpoint)
+    if taught.window is None or window > taught.window or anyio.current_time() - taught.asked < _ASK_AGAIN:
+        return False
+    taught.asked = anyio.current_time()
+    servers.forget(endpoint)
+    run.server = (await servers.identify(endpoint, run.call.settings.server)).server
+    if (run.server.facts.window or 0) <= taught.window:
+        return False
+    taught.window = None
+    return True
 
 
 async def _count(run: Run, messages: Optional[Sequence[Message]] = None) -> Optional[int]:
     """The server's own count of the prompt; None where it does not count, or has just failed to."""
-    if not run.counts or (messages is None and run.chat.known):
+    taught = servers.learned(run.call.endpoint)
+    if taught.failed_counts >= _COUNTS or (messages is None and run.chat.known):
         return None
     body = {**run.call.body, "messages": run.chat.sent if messages is None else messages}
     counted = await servers.count_tokens(run.server, run.call.endpoint, body)
-    run.counts = counted is not None
+    taught.failed_counts = 0 if counted is not None or not run.server.counts else taught.failed_counts + 1
     if counted is not None and messages is None:
         run.chat.counted(counted)
     return counted
@@ -175,92 +195,6 @@ def _policy(call: Call) -> Policy:
     if call.compress_type and "policy" not in settings.model_fields_set:
         return of_compress_type(call.compress_type)
     return named(settings.policy)
-
-
-# ---------------------------------------------------------------------- what the server's answer teaches
-
-
-def truncation(run: Run, prompt: Prompt, failure: Optional[Failure]) -> Optional[Failure]:
-    """The failure that an answer is which the server gave to a part of the prompt only, without a word; else ``failure``.
-
-    Ollama leaves messages out and counts the rest; LM Studio and llama-cpp-python may answer with no token at all.
-    """
-    server, answer, taught = run.server, run.answer, servers.learned(run.call.endpoint)
-    told, least = _prompt_tokens(run), math.floor(run.chat.least * _SURELY)
-    if failure is None and told is not None and told < least and taught.counts_all and not answer.failed:
-        if not (server.truncates or type(server) is Server):
-            return None
-        if run.truncated or told < _SURELY_FITS // 2:  # the cut did not change what it says: it counts otherwise than we do
-            taught.counts_all = False
-            return None
-        what = (
-            f"the server read only {told:,} tokens of a prompt that has at least {least:,}: it has cut it without a word, and "
-            "the answer is discarded"
-        )
-        return _truncated(run, prompt, what, told)
-    blank = server.blank and not answer.tokens and (failure is None or failure.error is errors.IncompleteStream)
-    if blank and not (failure is None and run.truncated):
-        long = prompt.window is None or prompt.tokens > prompt.window // 2 or window_is_a_guess(run.call)
-        if long and prompt.tokens > _SURELY_FITS:
-            what = (
-                f"the server answered nothing at all to a prompt of {told or prompt.tokens:,} tokens, as it does where its "
-                "context is too small for it"
-            )
-            return _truncated(run, prompt, what, (told or prompt.tokens) // 2)
-    if failure is None and answer.finish_reason == "length" and told is not None and run.truncated == 1:
-        # The window that was learned from the first time is still too large.
-        written = (answer.usage or {}).get("completion_tokens")
-        if isinstance(written, int) and 0 < written < prompt.max_tokens // 2 and prompt.window is not None:
-            what = (
-                f"the answer ended after {written:,} of {prompt.max_tokens:,} tokens, where the server's context was full; it "
-                f"holds {told + written:,} tokens, not {prompt.window:,}"
-            )
-            return _truncated(run, prompt, what, told + written)
-    return failure
-
-
-def _truncated(run: Run, prompt: Prompt, what: str, window: int) -> Failure:
-    remedy = run.server.remedy(_needed(run, prompt))
-    return Failure(Kind.TRUNCATED, errors.ContextOverflow, what, remedy, "llm.local.context.window", window=window)
-
-
-def _needed(run: Run, prompt: Prompt) -> int:
-    """A window in tokens for this prompt and its answer, as people choose them."""
-    return 1024 * math.ceil((prompt.tokens + min(prompt.wanted, prompt.tokens)) / 1024)
-
-
-def _prompt_tokens(run: Run) -> Optional[int]:
-    told = (run.answer.usage or {}).get("prompt_tokens")
-    return told if isinstance(told, int) and not isinstance(told, bool) and told > 0 else None
-
-
-def learn_count(run: Run) -> None:
-    """What a whole answer teaches: what its prompt counts."""
-    told = _prompt_tokens(run)
-    if told is not None and told >= run.chat.least * _SURELY:
-        run.chat.counted(told)
-
-
-def learn(run: Run, failure: Failure, prompt: Prompt) -> None:
-    """What an overflow teaches: the server's window and its count, or at least that ours was too low."""
-    taught, chat = servers.learned(run.call.endpoint), run.chat
-    if failure.kind is Kind.TRUNCATED:
-        run.truncated += 1
-        run.history.calibration.forget()
-        run.history.conversations.forget()
-        chat.recount()
-        loaded, before = run.server.facts.window, prompt.window
-        # What it says of itself now, where that is news; else it is larger than what it read, but by how much nobody knows.
-        taught.window = loaded if loaded is not None and (before is None or loaded < before) else failure.window
-        return
-    news = failure.window is not None and failure.window != taught.window
-    if failure.window is not None:
-        taught.window = failure.window
-    if failure.prompt_tokens is not None:
-        chat.counted(failure.prompt_tokens)
-    elif not news:
-        taught.scale *= 1.5
-        chat.doubt(1.5)
 
 
 def _refuse(run: Run, budget: int, window: int, reserve: int) -> NoReturn:

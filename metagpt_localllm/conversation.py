@@ -7,8 +7,11 @@ that only what is new is counted, and a cut once made stays as it is: the prompt
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+import operator
+import re
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional, Sequence
 
@@ -23,6 +26,14 @@ __all__ = ["Conversation", "Conversations", "Size", "size_of"]
 _REMEMBERED = 16
 #: What a count is off by, at the most, that is a message's share of what several messages counted together.
 _SHARE = 1.25
+#: Messages at the end that may differ between one call and the next: agents end their prompts with their present state.
+_TRANSIENT = 2
+#: Messages that conversations must share for one to be cut as the other was: the system's and the task are common to many.
+_SAME = 3
+
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_WORD = re.compile(r"[A-Za-z]+")
+_IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,16 @@ class Size:
         text: tokens of its text as estimated.
         images: tokens of its images, of which nobody but the server knows better.
         most: tokens that it has at the most, since none is shorter than a byte; infinite with images.
+        least: tokens that it has at the least: one for a word, since none goes over a blank, and one for four ideographs.
+            Thoughts are left out, as templates leave them out of earlier turns; so are tool calls, digits and signs, of
+            which vocabularies have long runs.
     """
 
     parts: Mapping[Script, int]
     text: int
     images: int
     most: float
+    least: int
 
     @property
     def rest(self) -> int:
@@ -52,14 +67,18 @@ def size_of(message: Message, count_text: Callable[[str], int] = estimate_text) 
     # A tokenizer's own count needs no telling scripts apart.
     parts = by_script(text) if count_text is estimate_text else {script_of(text): count_text(text)}
     frame = estimate_message({**message, "content": None})
+    if content is not None and not isinstance(content, (str, list, tuple)):
+        frame += estimate_text(str(content))
     images = 0
     most: float = len(text.encode("utf-8", "replace")) + 2 * MESSAGE_TOKENS
     if frame > MESSAGE_TOKENS:
         most += len(json.dumps({**message, "content": None}, default=str))  # templates render tool calls in their own ways
-    if not isinstance(content, str) and content is not None:
+    if isinstance(content, (list, tuple)):
         images = max(estimate_message({"content": content}) - MESSAGE_TOKENS - estimate_text(text), 0)
         most = math.inf if images else most
-    return Size({**parts, "frame": frame}, sum(parts.values()), images, most)
+    said = _THOUGHT.sub("", text)
+    least = len(_WORD.findall(said)) + len(_IDEOGRAPH.findall(said)) // 4
+    return Size({**parts, "frame": frame}, sum(parts.values()), images, most, least)
 
 
 class Conversation:
@@ -67,7 +86,6 @@ class Conversation:
 
     Attributes:
         sent: the messages that go to the server, in order; some may be left out or shortened.
-        omitted: messages left out of it.
         window: context window in tokens for which it was cut, or None.
     """
 
@@ -83,6 +101,7 @@ class Conversation:
         self._counts: list[float] = []  # tokens of each as it is sent
         self._shared: list[bool] = []  # whether its count is its share of what the server counted
         self._changes: dict[int, Change] = {}
+        self._saved: dict[int, float] = {}  # tokens that each change took away
         self._known = 0  # so many of those sent count together exactly what the server said
         self._known_tokens = 0
         self.sent: list[Message] = []
@@ -96,17 +115,24 @@ class Conversation:
         new = Conversation(self._tools, self._calibration, self._count_text, distrust)
         new._messages, new._sizes = self._messages[:common], self._sizes[:common]
         new._counts, new._shared = self._counts[:common], self._shared[:common]
-        latest = len(messages) - 1
-        new._changes = {
-            # What is the latest message now may not have been that then.
-            i: change for i, change in self._changes.items() if i < common and not (i == latest and change is None)
-        }  # fmt: skip
+        new._frame = self._frame
+        if common == len(messages) == len(self._messages):
+            new._changes = dict(self._changes)
+        elif common >= _SAME:
+            # What is the latest message now, with its tool call, was not that then.
+            end = min(common, _start_of_latest(messages))
+            new._changes = {i: change for i, change in self._changes.items() if i < end}
+        new._saved = {i: self._saved[i] for i in new._changes}
+        lost = self._changes.keys() - new._changes.keys()
+        for i in lost:
+            new._restore(i, common)
         new.window = self.window if new._changes else None
-        if common == len(self._messages) and len(new._changes) == len(self._changes):
+        if common == len(self._messages) and not lost:
             new.sent, new._positions = self.sent[:], self._positions[:]
         else:
             new._lay_out(0)
-        if self._known and self._known <= len(new.sent) and self._positions[self._known - 1] < common:
+        end = self._positions[self._known - 1] if self._known else common
+        if end < common and not any(i <= end for i in lost):
             new._known, new._known_tokens = self._known, self._known_tokens
         new._add(messages[common:])
         return new
@@ -117,8 +143,7 @@ class Conversation:
                 self._counts[position] = self._estimate(self._sizes[position])
         start = len(self._messages)
         for message in messages:
-            plain = all(isinstance(value, str) for value in message.values())
-            self._messages.append(dict(message) if plain else copy.deepcopy(dict(message)))
+            self._messages.append(_copied(message))
             size = size_of(message, self._count_text)
             self._sizes.append(size)
             self._counts.append(self._estimate(size))
@@ -138,8 +163,14 @@ class Conversation:
     # ------------------------------------------------------------------ counting
 
     @property
-    def omitted(self) -> int:
-        return len(self._messages) - len(self.sent)
+    def changed(self) -> int:
+        """Messages that are left out of it or shortened."""
+        return len(self._changes)
+
+    @property
+    def whole(self) -> float:
+        """Tokens that it would have if nothing were cut."""
+        return self.tokens + sum(self._saved.values())
 
     @property
     def known(self) -> bool:
@@ -166,7 +197,7 @@ class Conversation:
         total = float(self._known_tokens)
         for position in self._positions[self._known :]:
             size = self._sizes[position]
-            total += self._counts[position] / _SHARE if self._shared[position] else self._calibration.lower(size.parts)
+            total += self._counts[position] / _SHARE if self._shared[position] else size.least
         return total
 
     @property
@@ -198,9 +229,13 @@ class Conversation:
         before = self._known_tokens if len(group) < len(self._positions) else 0
         estimated = sum(self._counts[position] for position in group)
         share = tokens - (before or self._frame)
+        if share <= estimated / 10 and not before:
+            # The tools count far less than was thought, and the messages as they do.
+            self._frame = max(round(tokens - estimated), 0)
+            share = tokens - self._frame
         if share <= 0 or estimated <= 0:
             return
-        if not any(self._shared[position] or self._sizes[position].images for position in group):
+        if not self._tools and not any(self._shared[position] or self._sizes[position].images for position in group):
             estimates: dict[Script, int] = {}
             for position in group:
                 for script, size in self._sizes[position].parts.items():
@@ -233,23 +268,32 @@ class Conversation:
     def cut(self, changes: Mapping[int, Change], window: int) -> None:
         """Takes ``changes`` over, for this and all later calls."""
         for position, message in changes.items():
+            before = self._counts[position]
             if message is not None:
                 self._counts[position] = self.count(position, message)
                 self._sizes[position] = size_of(message, self._count_text)
+            saved = before - (self._counts[position] if message is not None else 0)
+            self._saved[position] = self._saved.get(position, 0.0) + saved
         self._changes.update(changes)
         self.window = window
         self.sent, self._positions = [], []
         self._known = self._known_tokens = 0
         self._lay_out(0)
 
+    def _restore(self, position: int, length: int) -> None:
+        """Counts the message at ``position`` as it was given."""
+        if position < length:
+            self._sizes[position] = size_of(self._messages[position], self._count_text)
+            self._counts[position] = self._estimate(self._sizes[position])
+            self._shared[position] = False
+
     def uncut(self) -> None:
         """All of it is sent again: there is more room than when it was cut."""
         for position, change in self._changes.items():
             if change is not None:
-                self._sizes[position] = size_of(self._messages[position], self._count_text)
-                self._counts[position] = self._estimate(self._sizes[position])
-                self._shared[position] = False
+                self._restore(position, len(self._messages))
         self._changes.clear()
+        self._saved.clear()
         self.window = None
         self.sent, self._positions = [], []
         self._known = self._known_tokens = 0
@@ -280,20 +324,40 @@ class Conversations:
         self._kept.clear()
 
     def keep(self, conversation: Conversation) -> None:
-        """Remembers it instead of those that it goes on with."""
+        """Remembers it instead of those that it goes on with, but for their last messages."""
         messages = conversation._messages
         self._kept = [
             earlier for earlier in self._kept
             if earlier is not conversation
-            and (earlier._tools != conversation._tools or len(earlier._messages) > _common(earlier._messages, messages))
+            and (earlier._tools != conversation._tools or not _goes_on_with(earlier._messages, messages))
         ][-_REMEMBERED + 1 :]  # fmt: skip
         self._kept.append(conversation)
 
 
 def _common(one: Sequence[Message], other: Sequence[Message]) -> int:
     """How many messages both begin with."""
-    size = min(len(one), len(other))
-    if one and other and one[0] == other[0] and one[:size] == other[:size]:
-        return size
-    return next((index for index in range(size) if one[index] != other[index]), size)
+    differ = map(operator.ne, one, other)
+    return next(itertools.compress(itertools.count(), differ), min(len(one), len(other)))
 
+
+def _goes_on_with(earlier: Sequence[Message], messages: Sequence[Message]) -> bool:
+    common = _common(earlier, messages)
+    return common == len(earlier) or common >= max(len(earlier) - _TRANSIENT, _SAME)
+
+
+def _start_of_latest(messages: Sequence[Message]) -> int:
+    """Position of the latest message, or of the tool call that it answers."""
+    position = len(messages) - 1
+    while position > 0 and messages[position].get("role") == "tool":
+        position -= 1
+    return position
+
+
+def _copied(message: Message) -> Message:
+    """The caller may change its own later."""
+    if all(isinstance(value, str) for value in message.values()):
+        return dict(message)
+    try:
+        return copy.deepcopy(dict(message))
+    except Exception:  # something odd in it that cannot be copied
+        return dict(message)

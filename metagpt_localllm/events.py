@@ -116,8 +116,9 @@ class Done:
     """The answer is whole. Times in seconds; ``ttft`` (time to first token) and ``longest_gap`` are of the last attempt.
 
     Attributes:
-        cut_by: what ended an answer whose finish_reason is "length": "max_tokens" or "window"; "" for another.
-        omitted_messages: of the conversation that the prompt did not hold, left out by this call or an earlier one.
+        cut_by: what ended an answer whose finish_reason is "length": "max_tokens", "window", or a limit of the
+            "server"'s own; "" for another.
+        changed_messages: of the conversation, left out of the prompt or shortened, by this call or an earlier one.
     """
 
     call: CallInfo
@@ -129,7 +130,7 @@ class Done:
     longest_gap: float
     elapsed: float
     cut_by: str = ""
-    omitted_messages: int = 0
+    changed_messages: int = 0
 
 
 @dataclass(frozen=True)

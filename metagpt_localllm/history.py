@@ -39,7 +39,7 @@ class History:
 
     def shared_tokens(self, messages: Messages) -> int:
         """Tokens at the beginning of a prompt that an earlier one had, too, so that the server may hold them (estimated)."""
-        return max((_shared(*earlier, messages) for earlier in self._prompts), default=0)
+        return max((_shared(*earlier, messages) for earlier in tuple(self._prompts)), default=0)
 
     def may_load(self, now: float) -> bool:
         """Whether the model may have to be loaded: nothing was asked of it for some minutes."""

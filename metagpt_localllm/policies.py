@@ -141,7 +141,7 @@ def named(name: str) -> Policy:
     except Exception as error:
         raise ValueError(f"the module of the policy '{name}' cannot be imported ({type(error).__name__}: {error})") from None
     if not callable(found):
-        raise ValueError(f"the module {module} ({sys.modules[module].__file__}) has no function '{function}'")
+        raise ValueError(f"the module {module} ({getattr(sys.modules[module], '__file__', None)}) has no function '{function}'")
     return cast(Policy, found)
 
 

@@ -29,6 +29,7 @@ from metagpt_localllm import events, servers
 from metagpt_localllm.caller import find_caller, find_retry_loop
 from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess, window_is_too_large
 from metagpt_localllm.errors import LocalLLMError
+from metagpt_localllm.policies import named
 from metagpt_localllm.settings import LocalSettings
 from metagpt_localllm.tokens import estimate_prompt, estimate_text
 from metagpt_localllm.transport import Endpoint, client_for
@@ -55,6 +56,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
 
     def __init__(self, config: Any) -> None:
         _check(config)
+        _check_policy(config)
         _warn_of_misplaced()
         super().__init__(config)
         self._settings: LocalSettings = config.local or LocalSettings()
@@ -117,7 +119,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         }
         loop = find_retry_loop()
         spent = _spent.setdefault(loop, {}) if loop is not None else {}
-        digest = _digest(body) if spent else ""
+        digest = _digest(body) if loop is not None else ""
         if digest in spent:
             logger.info("MetaGPT repeats a call that has already used up its attempts; it is not sent again.")
             raise copy.copy(spent[digest])
@@ -135,7 +137,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         try:
             outcome = await calls.complete(call)
         except LocalLLMError as error:
-            spent[digest or _digest(body)] = copy.copy(error)
+            spent[digest] = copy.copy(error)
             raise
         finally:
             _warn_of_window(call)
@@ -211,6 +213,15 @@ def _check(config: Any) -> None:
         raise ValueError(f"config2.yaml: llm.{problem}")
 
 
+def _check_policy(config: Any) -> None:
+    """Not with the other settings: a policy's module may import MetaGPT, which reads them while it is being imported."""
+    if config.local is not None:
+        try:
+            named(config.local.context.policy)
+        except ValueError as error:
+            raise ValueError(f"config2.yaml: llm.local.context.policy: {error}") from None
+
+
 def _warn_of_misplaced() -> None:
     """A block ``local`` beside ``llm``, which MetaGPT drops without a word: said once."""
     for path in (METAGPT_ROOT / "config" / "config2.yaml", CONFIG_ROOT / "config2.yaml"):
@@ -281,13 +292,15 @@ def _log(event: events.Event) -> None:
         )
     elif isinstance(event, events.Done):
         first = f", first token after {event.ttft:.1f} s" if event.ttft is not None else ""
-        omitted = f", {event.omitted_messages:,} messages of the conversation left out" if event.omitted_messages else ""
+        omitted = f", {event.changed_messages:,} messages left out or shortened" if event.changed_messages else ""
         logger.info(
             f"{who}: {event.prompt_tokens:,} tokens in, {event.completion_tokens:,} out in {event.elapsed:.1f} s"
             f"{first} (tier {event.call.tier}, {event.finish_reason}{omitted})"
         )
         if event.cut_by == "max_tokens":
             logger.warning(f"{who}: the answer was cut at its largest length; raise llm.max_token.")
+        elif event.cut_by == "server":
+            logger.warning(f"{who}: the answer was cut by a limit that the server has of its own, short of llm.max_token.")
         elif event.cut_by == "window":
             logger.warning(
                 f"{who}: the answer was cut where the context window ended; load the model with a larger one, or keep more of "

@@ -80,7 +80,7 @@ class Prompt:
         max_tokens: of the answer, as it is asked for.
         wanted: of the answer, as the caller wants.
         window: context window in tokens that it was fitted to, or None.
-        omitted: messages left out of it, by this call or an earlier one.
+        changed: messages left out of it or shortened, by this call or an earlier one.
     """
 
     content: bytes
@@ -90,7 +90,7 @@ class Prompt:
     max_tokens: int
     wanted: int
     window: Optional[int]
-    omitted: int
+    changed: int
 
 
 class Run:
@@ -125,8 +125,9 @@ class Run:
         self.answer = Answer()
         self.shared_tokens = 0
         self.trims: list[events.Trimmed] = []
-        self.truncated = 0  # times that the server has cut a prompt of this call without a word
-        self.counts = True  # until a count of the server's has failed
+        self.truncated = 0  # times that the server seems to have cut a prompt of this call without a word
+        self.first_answer: Optional[Answer] = None  # the one that was thrown away for it
+        self.first_window: Optional[int] = None  # what had been learned of the window before
         self.alone = False  # until the server has run out of the context that its slots share
         self.death: Optional[Failure] = None  # the proof that the server has lost this request
         self.scope = anyio.CancelScope(deadline=self.life.call_end)

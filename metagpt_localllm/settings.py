@@ -252,9 +252,10 @@ class ContextSettings(_Section):
     @field_validator("policy")
     @classmethod
     def _policy(cls, value: str) -> str:
-        from metagpt_localllm.policies import named
+        from metagpt_localllm.policies import NAMES, named
 
-        named(value)
+        if value not in NAMES and ":" not in value:
+            named(value)
         return value
 
     @field_validator("tokenizer")

@@ -7,6 +7,7 @@ prompt only grows at its end, and a server's prefix cache holds. A single messag
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Callable, Iterator, Literal, Mapping, Optional, Sequence, Union
@@ -91,14 +92,16 @@ class _Trim:
         )
 
     def _fit(self) -> None:
-        fixed, turns = _fixed_and_turns(list(self.kept.items()))
+        fixed, last_word, turns = _fixed_and_turns(list(self.kept.items()))
         free = [index for turn in turns for index in turn]
         others = sum(self.sizes[index] for index in free)
         core = self.tokens - others
         # Where the fixed ones alone are too large, a quarter is still left to what is not fixed.
         limit = self.budget - min(others, self.budget / 4)
+        if 0 < core - self.budget < sum(self.sizes[index] for index in last_word) or not self.cut_fixed:
+            core -= self._cut_largest(last_word, max(core - limit, 0.0))
         if core > self.budget and self.cut_fixed:
-            core -= self._cut_largest(fixed, core - limit)
+            core -= self._cut_largest([*fixed, *last_word], core - limit)
         room = max(self.budget - core, 0.0)
         mark = min(core, self.budget) + room * self.low_water
         for index in free:  # a huge log is better shortened than all else lost for it, or all of it
@@ -107,11 +110,17 @@ class _Trim:
         chosen = [self._turn(turn) for turn in turns]
         self._drop(self._steps(chosen, int(room * self.low_water)), mark, set(free))
         if self.tokens > self.budget and self.cut_fixed:
-            self._cut_largest(fixed, self.tokens - self.budget)
+            self._cut_largest([*fixed, *last_word], self.tokens - self.budget)
 
     def _steps(self, turns: Sequence[Turn], room: int) -> Iterator[Union[Drop, Replace]]:
+        most = 4 * len(self.kept) + 4
         try:
-            yield from self.policy(turns, room)
+            for step in itertools.islice(self.policy(turns, room), most):
+                if isinstance(step, Drop):
+                    hash(tuple(step.turn.indices))
+                elif not (isinstance(step, Replace) and isinstance(step.message, Mapping)):
+                    raise TypeError(f"a policy yields Drop and Replace, not {type(step).__name__}")
+                yield step
         except Exception:
             _log.warning("the policy of llm.local.context.policy failed; the oldest turns go instead", exc_info=True)
         yield from oldest(turns, room)  # whatever a policy leaves over
@@ -129,13 +138,13 @@ class _Trim:
                     self._change(step.index, step.message, self.replaced)
                 continue
             present = [index for index in step.turn.indices if index in free and index in self.kept]
-            answers = any(self.kept[index].get("role") == "tool" for index in present)
-            for index in reversed(present) if step.keep == "start" else present:
-                excess = self.tokens - mark
-                if step.keep and not answers and excess < self.sizes[index]:
-                    self._cut(index, self.sizes[index] - excess, step.keep)
-                    if self.tokens <= mark:
-                        break
+            if step.keep and self.tokens - mark < sum(self.sizes[index] for index in present):
+                for index in sorted(present, key=lambda i: -self.sizes[i]):  # both of a pair stay, so that roles alternate
+                    if self.tokens > mark:
+                        self._cut(index, self.sizes[index] - (self.tokens - mark), step.keep)
+                if self.tokens <= mark:
+                    break
+            for index in present:
                 self.tokens -= self.sizes.pop(index)
                 del self.kept[index]
                 self.changes[index] = None
@@ -183,18 +192,25 @@ def _level(sizes: Sequence[float], excess: float) -> float:
     return 0.0
 
 
-def _fixed_and_turns(messages: Sequence[tuple[int, Message]]) -> tuple[list[int], list[list[int]]]:
-    """What always stays, and what may go in turns: from the model's word to the next, so that roles go on alternating."""
+def _fixed_and_turns(messages: Sequence[tuple[int, Message]]) -> tuple[list[int], list[int], list[list[int]]]:
+    """What always stays; the model's word before the latest message; and what may go, in turns.
+
+    A turn lasts from the model's word to the next, and its last word stays, so that roles go on alternating, without which
+    some templates (Mistral's, Gemma's) refuse a chat.
+    """
     units = _units(messages)
     bodies = [unit for unit in units if not _is_system(unit[0][1])]
     latest = max(bodies, key=lambda unit: unit[-1][0], default=None)
     task = bodies[0] if bodies and bodies[0][0][1].get("role") != "assistant" else None
     fixed = [index for unit in units for index, message in unit if _is_system(message) or unit is latest or unit is task]
+    before = bodies[bodies.index(latest) - 1] if latest is not None and bodies.index(latest) > 0 else None
+    said = before is not None and before is not task and len(before) == 1 and before[0][1].get("role") == "assistant"
+    word = before if said and task is not None and latest is not None and latest[0][1].get("role") == "user" else None
     turns: list[list[int]] = []
     answered = True  # whether the last turn is closed
     for unit in bodies:
         indices = [index for index, _ in unit]
-        if unit is latest or unit is task:
+        if unit is latest or unit is task or unit is word:
             answered = True
         elif unit[0][1].get("role") == "assistant" or answered:
             turns.append(indices)
@@ -202,7 +218,7 @@ def _fixed_and_turns(messages: Sequence[tuple[int, Message]]) -> tuple[list[int]
         else:
             turns[-1] += indices
             answered = True
-    return fixed, turns
+    return fixed, [index for index, _ in word or ()], turns
 
 
 def _units(messages: Sequence[tuple[int, Message]]) -> list[list[tuple[int, Message]]]:
@@ -220,7 +236,8 @@ def _units(messages: Sequence[tuple[int, Message]]) -> list[list[tuple[int, Mess
         units.append(unit)
         if not _is_system(message):
             latest = unit
-        for call in message.get("tool_calls") or ():
+        called = message.get("tool_calls")
+        for call in called if isinstance(called, (list, tuple)) else ():
             if isinstance(call, Mapping):
                 callers[str(call.get("id"))] = unit
     return units

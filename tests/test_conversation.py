@@ -29,7 +29,7 @@ def opened(known, messages, tools=None):
 
 def test_a_new_one_counts_as_it_is_estimated():
     chat = opened(conversations(), CHAT)
-    assert chat.sent == CHAT and not chat.omitted
+    assert chat.sent == CHAT and not chat.changed
     assert chat.tokens == estimate_prompt(CHAT)
     assert chat.least <= chat.tokens <= chat.most
 
@@ -42,7 +42,7 @@ def test_a_cut_is_kept_to_as_it_grows():
     grown = [*CHAT, message("user", "more")]
     second = opened(known, [dict(one) for one in grown])
     assert second.sent[: len(first.sent)] == first.sent == [*CHAT[:2], stub, *CHAT[5:]]
-    assert second.sent[-1] == grown[-1] and second.omitted == 2 and second.window == 4096
+    assert second.sent[-1] == grown[-1] and second.changed == 3 and second.window == 4096
     third = opened(known, [*grown, message("assistant", "yet more")])
     assert third.sent[: len(second.sent)] == second.sent
 
@@ -162,3 +162,37 @@ def test_a_long_one_that_grows_costs_what_is_new():
 
     whole, step = min(cost(4000) for _ in range(3))
     assert step < whole / 4
+
+
+def test_what_was_cut_for_a_long_one_is_whole_in_a_short_one_that_began_alike():
+    known = conversations()
+    opened(known, CHAT).cut({2: None, 3: None}, window=4096)
+    fork = known.open([*CHAT[:5], message("user", "from here on otherwise")], None)
+    assert fork.changed and fork.whole > fork.tokens
+    fork.uncut()
+    assert abs(fork.whole - fork.tokens) < 1 and len(fork.sent) == 6
+
+
+def test_the_latest_message_is_whole_with_its_tool_call_after_a_step_back():
+    known = conversations()
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
+    answer = {"role": "tool", "tool_call_id": "1", "content": "forty-two"}
+    chat = [*CHAT[:3], call, answer, *CHAT[3:]]
+    opened(known, chat).cut({3: None, 4: None, 2: None}, window=4096)
+    assert known.open(chat[:5], None).sent == [*CHAT[:2], call, answer]
+
+
+def test_only_the_last_of_many_that_end_differently_is_kept():
+    known = conversations()
+    for n in range(30):
+        opened(known, [*CHAT, message("user", f"your state is {n}")])
+    assert len(known._kept) == 1
+
+
+def test_tools_that_count_less_than_was_thought_leave_room():
+    known = conversations()
+    tools = [{"type": "function", "function": {"name": "f", "description": "{}[]() " * 300}}]
+    chat = opened(known, CHAT, tools)
+    assert chat.tokens > 1000
+    chat.counted(300)
+    assert chat.tokens == 300 and chat.frame < 300

@@ -194,3 +194,30 @@ def test_it_takes_no_more_steps_than_there_are_messages(policy, seed):
         return counted[0]
 
     assert steps(200) <= 3 * steps(100)
+
+
+@pytest.mark.parametrize("policy", [*NAMES, *COMPRESS_TYPES])
+@pytest.mark.parametrize("low_water", [0.3, 0.6, 1.0])
+def test_roles_go_on_alternating(policy, low_water):
+    rule = NAMES[policy] if policy in NAMES else of_compress_type(policy)
+    for turns in range(1, 9):
+        chat = history(turns, words=45)
+        whole = sum(map(estimate_message, chat))
+        for budget in range(whole // 4, whole, whole // 9):
+            _, rest = cut(chat, budget, rule, low_water)
+            roles = [one["role"] for one in rest[1:]]
+            assert all(one != other for one, other in zip(roles, roles[1:])), (roles, turns, budget)
+
+
+def test_a_policy_that_yields_nonsense_or_never_ends_is_left():
+    def nonsense(turns, room):
+        yield 17
+
+    def endless(turns, room):
+        while True:
+            yield Replace(3, message("user", 0))
+
+    chat = history(10)
+    for policy in (nonsense, endless, lambda turns, room: None):
+        trimmed, rest = cut(chat, 1000, policy)
+        assert trimmed.tokens <= 1000 and rest[-1] == chat[-1]

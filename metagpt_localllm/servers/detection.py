@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import difflib
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 from weakref import WeakKeyDictionary
@@ -65,11 +66,15 @@ class Learned:
         window: context window in tokens as such an error named it, or None.
         scale: by how much more we estimate than usual, since the server refused a prompt and did not say how long it was.
         counts_all: whether its count of a prompt's tokens can be compared with ours.
+        failed_counts: times in a row that it did not count when it was asked to.
+        asked: when it was last asked whether the window has grown, by the event loop's clock.
     """
 
     window: Optional[int] = None
     scale: float = 1.0
     counts_all: bool = True
+    failed_counts: int = 0
+    asked: float = -math.inf
 
 
 _Key = tuple[str, str]
