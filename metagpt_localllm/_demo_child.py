@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+import threading
 from typing import IO
 
 from metagpt_localllm import events
@@ -23,8 +25,16 @@ def _record(file: IO[str]) -> None:
     events.subscribe(write)
 
 
+def _end_with_the_demo() -> None:
+    """The server ends with the demo, whatever ends it; then nobody would wait for this run."""
+    while os.read(0, 1):  # not sys.stdin, which a thread must not hold when the interpreter ends
+        pass
+    os._exit(137)
+
+
 def main() -> None:
-    """Arguments: the idea, the rounds, the file for the events."""
+    """Arguments: the idea, the rounds, the file for the events. Ends when standard input does."""
+    threading.Thread(target=_end_with_the_demo, daemon=True).start()
     idea, rounds, path = sys.argv[1:]
     with open(path, "w", encoding="utf-8") as file:
         _record(file)

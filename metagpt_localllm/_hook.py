@@ -21,6 +21,7 @@ __all__ = ["TARGETS", "Finder", "activate", "disabled"]
 TARGETS = {
     "metagpt.configs.llm_config": "extend_config",
     "metagpt.provider.openai_api": "register_provider",
+    "metagpt.environment.base_env": "watch_environment",
 }
 
 
@@ -30,7 +31,7 @@ def disabled() -> bool:
 
 
 class Finder:
-    """Finds the two modules as the other finders do, with a loader that extends them once they have been executed."""
+    """Finds these modules as the other finders do, with a loader that extends them once they have been executed."""
 
     @classmethod
     def find_spec(cls, name: str, path: Optional[Sequence[str]] = None, target: Any = None) -> Optional[ModuleSpec]:

@@ -6,6 +6,7 @@ Every touch on MetaGPT's internals outside ``provider.py`` and ``caller.py`` is 
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from importlib import metadata
@@ -20,7 +21,7 @@ from typing_extensions import Annotated
 
 from metagpt_localllm.settings import LocalSettings, refuse_misplaced
 
-__all__ = ["SUPPORTED", "extend_config", "register_provider"]
+__all__ = ["SUPPORTED", "extend_config", "register_provider", "watch_environment"]
 
 #: The versions of MetaGPT that the tests run with.
 SUPPORTED = ("0.8.2", "1.0.0")
@@ -91,3 +92,24 @@ def register_provider(module: ModuleType) -> None:
 
     kinds = sys.modules["metagpt.configs.llm_config"].LLMType
     sys.modules["metagpt.provider.llm_provider_registry"].LLM_REGISTRY.register(kinds.LOCAL_LLM, LocalLLM)
+
+
+def watch_environment(module: ModuleType) -> None:
+    """Notices that a team's run ends by an exception, which Team.run swallows. Idempotent."""
+    environment = module.Environment
+    if hasattr(environment.run, "metagpt_localllm"):
+        return
+    original = environment.run
+
+    @functools.wraps(original)
+    async def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await original(self, *args, **kwargs)
+        except BaseException:
+            from metagpt_localllm import session  # not while MetaGPT is imported, which need not wait for it
+
+            session.broke_off()
+            raise
+
+    run.metagpt_localllm = True  # type: ignore[attr-defined]
+    environment.run = run

@@ -46,7 +46,7 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
                 else:
                     failure = await _take_stream(run, response, bare, scope)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            failure = failures.from_exception(error, endpoint.address, answer.tokens > 0)
+            failure = failures.from_exception(error, endpoint.address, life.tokens > 0)
         finally:
             if watcher is not None:
                 watcher.cancel()
@@ -127,6 +127,7 @@ def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Opti
         return broken(f"the stream holds something that is no chat chunk ({type(error).__name__}: {str(error)[:100]})")
     if is_token:
         life.token(now)
+        run.record.received(answer)
         if text:
             run.show(text)
     elif life.phase is not Phase.DECODING:
@@ -165,7 +166,7 @@ def _end(answer: Answer, how: str) -> Optional[Failure]:
         return broken(f"the server gave up: it ended the answer with the finish_reason '{answer.finish_reason}'")
     if answer.finish_reason is not None:
         return None
-    if answer.tokens:
+    if answer.tokens > answer.begun_tokens:
         return broken(f"{how} without a finish_reason: the answer is cut")
     return broken(f"{how} without a token and without a finish_reason")
 

@@ -1,9 +1,10 @@
 """One call from MetaGPT's messages to a whole answer: the one way through this package.
 
-    choose the tier → identify the server → fit the context → wait for a turn → plan the deadlines → send
-    → read the stream, and look after the server when it is silent → learn → retry or return
+    choose the tier → look into the journal → identify the server → fit the context → wait for a turn → plan the deadlines
+    → send, or go on with what there is → read the stream, and look after the server when it is silent → learn
+    → retry or return
 
-The steps are in ``context`` and ``attempt``; the decisions are pure and live in ``tiers``, ``deadlines``,
+The steps are in ``record``, ``context``, ``continuing`` and ``attempt``; the decisions are pure and live in ``tiers``, ``deadlines``,
 ``latency``, ``trimming``, ``failures`` and ``lifecycle``.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import AsyncIterator, Mapping, Optional, Sequence
 
 import anyio
@@ -23,10 +24,13 @@ from metagpt_localllm.answer import Answer
 from metagpt_localllm.attempt import attempt, broken
 from metagpt_localllm.concurrency import gate_for
 from metagpt_localllm.context import prepare
+from metagpt_localllm.continuing import begin, has_gained, with_limit
 from metagpt_localllm.failures import Failure, Kind
+from metagpt_localllm.journal import CallRecord
 from metagpt_localllm.lifecycle import BackOff, GiveUp, SendAgain, WaitForServer
 from metagpt_localllm.run import Call, Prompt, Run
 from metagpt_localllm.servers import Identified
+from metagpt_localllm.session import is_open, session_for
 from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.truncation import learn, learn_count, unmask
 
@@ -35,13 +39,19 @@ __all__ = ["Call", "Outcome", "complete"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A whole answer. ``trims``: what its prompt lost to fit the context window, in this call."""
+    """A whole answer.
+
+    Attributes:
+        trims: what its prompt lost to fit the context window, in this call.
+        replayed: whether it is an earlier run's, from the journal, and cost nothing.
+    """
 
     text: str
     reasoning: str
     completion: ChatCompletion
     usage: CompletionUsage
     trims: Sequence[events.Trimmed] = ()
+    replayed: bool = False
 
 
 async def complete(call: Call) -> Outcome:
@@ -50,10 +60,18 @@ async def complete(call: Call) -> Outcome:
     Raises:
         LocalLLMError: one of its subclasses, when the attempts, the time or the remedies are used up.
     """
+    if not is_open(call.settings.journal):
+        await anyio.to_thread.run_sync(session_for, call.settings.journal)
     run = Run(call)
-    with run.scope:
-        return await _until_whole(run)
-    run.give_up(run.life.expire(anyio.current_time()))
+    if run.record.replay is not None:
+        return _replay(run, run.record.replay)
+    try:
+        with run.scope:
+            return await _until_whole(run)
+        run.give_up(run.life.expire(anyio.current_time()))
+    except BaseException as error:
+        run.record.ended(run.answer, error)
+        raise
 
 
 async def _until_whole(run: Run) -> Outcome:
@@ -61,33 +79,24 @@ async def _until_whole(run: Run) -> Outcome:
     if (await _identify(run)).hung:
         life.spend_attempt()
     prompt = await prepare(run)
+    if run.record.beginning is not None:
+        _take_up(run, run.record.beginning, prompt)
 
     while True:
         async with _turn(run):
-            deadlines = run.deadlines = run.plan(prompt)
-            life.send(anyio.current_time(), deadlines)
-            events.publish(
-                events.Sent(
-                    run.info, life.attempt, prompt.tokens, deadlines.first_token, deadlines.stall, deadlines.total,
-                    deadlines.why,
-                )
-            )  # fmt: skip
-            run.answer, run.death = Answer(), None
-            run.history.sent(prompt.messages, prompt.counts)
-            failure = await unmask(run, prompt, await attempt(run, prompt.content))
-        _record(run, prompt, failure)
+            failure = await _try(run, prompt)
+        _learn_speed(run, prompt, failure)
         if failure is None:
             try:
                 outcome = _outcome(run, prompt)
                 break
             except (ValueError, TypeError) as error:
                 failure = broken(f"the answer is no chat completion ({type(error).__name__})")
-        step = life.fail(failure, anyio.current_time())
+        run.record.failed(run.answer, failure.error.__name__, failure.what, life.ttft)
+        step = life.fail(failure, anyio.current_time(), gained=has_gained(run))
         if isinstance(step, GiveUp):
             run.give_up(step.failure)
         run.alone = run.alone or failure.alone
-        if run.answer.content:
-            run.show("\n[the answer broke off; trying again]\n")
         if isinstance(step, BackOff):
             events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, step.delay))
             await anyio.sleep(step.delay)
@@ -104,17 +113,21 @@ async def _until_whole(run: Run) -> Outcome:
             events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, what, 0.0))
             if failure.kind is Kind.STRICT:
                 servers.mark_strict(call.endpoint)
-            else:
+            elif failure.kind is not Kind.CONTINUATION:
                 servers.forget(call.endpoint)
             await _identify(run)
-            if failure.kind is not Kind.STRICT:
+            if failure.kind in (Kind.OVERFLOW, Kind.TRUNCATED):
                 learn(run, failure, prompt)
             prompt = await prepare(run)
 
     life.whole()
     run.show("\n")
-    learn_count(run, prompt)
+    if not run.answer.begun_tokens:
+        learn_count(run, prompt)
     usage = outcome.usage
+    run.record.done(
+        run.answer, usage.model_dump(), run.trims, saved=run.saved, ttft=life.ttft, timings=run.answer.timings or {}
+    )
     events.publish(
         events.Done(
             run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(run.answer.finish_reason),
@@ -122,6 +135,61 @@ async def _until_whole(run: Run) -> Outcome:
         )
     )  # fmt: skip
     return outcome
+
+
+async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
+    """One attempt: it goes on with what there is of the answer, or asks for all of it; None when the answer is whole."""
+    life = run.life
+    deadlines = run.deadlines = run.plan(prompt)
+    life.send(anyio.current_time(), deadlines)
+    begun = await begin(run)
+    if isinstance(begun, Failure):
+        return begun
+    events.publish(
+        events.Sent(
+            run.info, life.attempt, prompt.tokens, deadlines.first_token, deadlines.stall, deadlines.total, deadlines.why
+        )
+    )
+    run.saved = 0
+    if begun is not None:
+        run.saved = begun.answer.begun_tokens
+        events.publish(events.Continued(run.info, life.attempt, run.saved))
+    elif run.answer.content:
+        run.show("\n[the answer broke off, and begins afresh]\n")
+    run.request = run.request if begun is not None else prompt.content
+    run.answer, run.death = begun.answer if begun is not None else Answer(), None
+    run.history.sent(prompt.messages, prompt.counts)
+    run.record.sent(run.request, deadlines.as_dict())
+    failure = await attempt(run, begun.content if begun is not None else prompt.content)
+    if begun is None:
+        return await unmask(run, prompt, failure)
+    refused = failure is not None and (failure.kind in _REFUSED or failure.error is errors.RequestRejected)
+    if run.answer.restarted or refused:
+        return _not_continued(run, failure)
+    return failure
+
+
+def _replay(run: Run, left: CallRecord) -> Outcome:
+    """The answer that an earlier run got for this very request."""
+    run.answer = Answer.of_record(left.answer or {})
+    run.record.replayed()
+    run.show(run.answer.content + "\n")
+    usage = run.answer.completion_usage(0, 0)
+    events.publish(events.Replayed(run.info, left.number, usage.completion_tokens))
+    return replace(_outcome_of(run.answer, run.call.endpoint.model, usage), replayed=True)
+
+
+def _take_up(run: Run, left: CallRecord, prompt: Prompt) -> None:
+    """The beginning of an answer that an earlier run got before it was stopped, and what it had asked."""
+    run.answer, run.request = Answer.of_record(left.partial or {}), with_limit(left.request or b"", prompt.max_tokens)
+    run.show(run.answer.content)
+
+
+def _not_continued(run: Run, failure: Optional[Failure]) -> Failure:
+    """The server does not go on with answers after all: from now on they are asked for afresh."""
+    servers.learned(run.call.endpoint).continues = False
+    what = failure.what if failure is not None else "it began a new turn"
+    return Failure(Kind.CONTINUATION, errors.RequestRejected, f"the server did not go on with the answer that broke off: {what}")
 
 
 async def _identify(run: Run) -> Identified:
@@ -156,6 +224,8 @@ async def _turn(run: Run) -> AsyncIterator[None]:
         yield
 
 
+#: What is no answer to a request that is to go on with one.
+_REFUSED = frozenset({Kind.STRICT, Kind.OVERFLOW})
 #: Share of the context window from which on it is full: servers leave some tokens free.
 _FULL = 0.95
 #: The deadline that each time-out is the end of.
@@ -166,11 +236,12 @@ _CENSORED: Mapping[type[errors.LocalLLMError], str] = {
 }
 
 
-def _record(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
+def _learn_speed(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
     """What the attempt teaches about the server's speed; nothing where it never came to work."""
     life, answer = run.life, run.answer
     censored = _CENSORED.get(failure.error) if failure is not None and failure.kind is Kind.TRANSIENT else None
-    if not answer.tokens and censored is None:
+    tokens = answer.tokens - answer.begun_tokens
+    if tokens <= 0 and censored is None:
         return
     now = anyio.current_time()
     told = run.server.timings({"usage": answer.usage, "timings": answer.timings})
@@ -184,7 +255,7 @@ def _record(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
             ttft=life.ttft,
             waited=told.load or 0.0,
             prefill_seconds=told.prefill,
-            answer_tokens=answer.tokens,
+            answer_tokens=max(tokens, 0),
             decode_seconds=(life.last_token_at or 0.0) - (life.first_token_at or 0.0) if decoding else None,
             longest_gap=life.longest_gap or None,
             censored=censored,
@@ -199,7 +270,11 @@ def _record(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
 def _outcome(run: Run, prompt: Prompt) -> Outcome:
     answer = run.answer
     usage = answer.completion_usage(prompt.tokens, estimate_text(answer.content) + estimate_text(answer.reasoning))
-    return Outcome(answer.content, answer.reasoning, answer.completion(run.call.endpoint.model, usage), usage, run.trims)
+    return replace(_outcome_of(answer, run.call.endpoint.model, usage), trims=run.trims)
+
+
+def _outcome_of(answer: Answer, model: str, usage: CompletionUsage) -> Outcome:
+    return Outcome(answer.content, answer.reasoning, answer.completion(model, usage), usage)
 
 
 def _cut_by(run: Run, prompt: Prompt, usage: CompletionUsage) -> str:

@@ -17,6 +17,8 @@ from typing import Any, Optional, Sequence
 
 import click
 
+from metagpt_localllm.runs import runs
+
 __all__ = ["INSTALL_METAGPT", "METAGPT_KEYS", "OVERRIDES", "main", "metagpt_problems"]
 
 #: What MetaGPT's own pins get wrong today: lancedb 0.4.0 is gone from PyPI, its typer breaks on click 8.2, and
@@ -58,6 +60,8 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
 def main() -> None:
     """MetaGPT on slow local model servers."""
 
+
+main.add_command(runs)
 
 # ------------------------------------------------------------------------------------------------ demo
 

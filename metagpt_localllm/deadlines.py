@@ -39,6 +39,10 @@ class Deadlines:
     settings: dict[str, str]
     why: dict[str, str] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: getattr(self, name) for name in ("connect", "first_token", "stall", "progress", "total")}
+
 
 def plan_deadlines(
     timeouts: Timeouts,

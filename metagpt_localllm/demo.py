@@ -146,7 +146,7 @@ def _run_metagpt(
     end = time.monotonic() + options.limit
     with log_file.open("wb") as log:
         output = None if options.verbose else log
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, stdin=subprocess.PIPE)
         try:
             with console.status("MetaGPT is starting (it takes some 10 s to import) …") as status:
                 while process.poll() is None:
@@ -212,6 +212,9 @@ def _table(
     sent = [event for event in events if event["event"] == "Sent"]
     done = [event for event in events if event["event"] == "Done"]
     timeouts = ("FirstTokenTimeout", "StreamStalled", "TotalTimeout")
+    replayed = [event for event in events if event["event"] == "Replayed"]
+    continued = [event for event in events if event["event"] == "Continued"]
+    answered = kinds.count("Done") + len(replayed)
     trimmed = [event for event in events if event["event"] == "Trimmed"]
     table = Table(title=f"What happened with {provider}", show_header=False)
     table.add_column(style="bold")
@@ -226,7 +229,9 @@ def _table(
         rows.append(("  no valid Python", ", ".join(project.broken)))
     if provider != "openai":
         rows += [
-            ("calls answered", f"{kinds.count('Done')} of {kinds.count('Done') + kinds.count('Failed')}"),
+            ("calls answered", f"{answered} of {answered + kinds.count('Failed')}"),
+            ("  of these by an earlier run", f"{len(replayed)}: {sum(event['tokens'] for event in replayed):,} tokens saved"),
+            ("answers gone on with", f"{len(continued)}: {sum(event['tokens'] for event in continued):,} tokens saved"),
             ("retries", f"{len(retries)}"),
             ("  of these after a timeout", f"{sum(r['cause'] in timeouts for r in retries)}"),
             ("waits for the server", f"{kinds.count('Waiting')}"),

@@ -11,7 +11,10 @@ from typing import Callable, Mapping, Optional, Union
 
 from metagpt_localllm.tiers import Caller
 
-__all__ = ["CallInfo", "Done", "Event", "Failed", "Queued", "Retry", "Sent", "Trimmed", "Waiting", "publish", "subscribe"]
+__all__ = [
+    "CallInfo", "Continued", "Done", "Event", "Failed", "Queued", "Replayed", "Retry", "Sent", "Trimmed", "Waiting", "publish",
+    "subscribe",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,24 @@ class Trimmed:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """The attempt goes on with what there is of the answer: ``tokens``, which are not decoded again."""
+
+    call: CallInfo
+    attempt: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The answer is an earlier run's, from the journal; ``number``: of the call there, ``tokens``: that were not decoded again."""
+
+    call: CallInfo
+    number: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Done:
     """The answer is whole. Times in seconds; ``ttft`` (time to first token) and ``longest_gap`` are of the last attempt.
 
@@ -144,7 +165,7 @@ class Failed:
     elapsed: float
 
 
-Event = Union[Queued, Sent, Retry, Waiting, Trimmed, Done, Failed]
+Event = Union[Queued, Sent, Continued, Replayed, Retry, Waiting, Trimmed, Done, Failed]
 
 _subscribers: list[Callable[[Event], None]] = []
 _log = logging.getLogger(__name__)

@@ -31,6 +31,7 @@ class Kind(enum.Enum):
     OVERFLOW = "overflow"  # trim again and send once more
     TRUNCATED = "truncated"  # the server has cut the prompt without a word: likewise, twice at the most
     STRICT = "strict"  # the server refuses fields that OpenAI does not have: send without them
+    CONTINUATION = "continuation"  # it does not go on with an answer: ask for all of it
     FATAL = "fatal"  # no repetition helps
 
 

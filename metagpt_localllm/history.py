@@ -10,7 +10,7 @@ from metagpt_localllm.calibration import Calibration
 from metagpt_localllm.conversation import Conversations
 from metagpt_localllm.latency import Estimator, Sample
 from metagpt_localllm.messages import Message
-from metagpt_localllm.state import State, default_path
+from metagpt_localllm.state import State, state_at
 from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.transport import Endpoint
 
@@ -75,15 +75,12 @@ def _shared(earlier: Messages, counts: Sequence[float], messages: Messages) -> i
     return int(tokens)
 
 
-_states: dict[str, State] = {}
 _histories: dict[tuple[str, str], History] = {}
 
 
-def history_of(endpoint: Endpoint) -> History:
-    """The history of an endpoint, read from the state file when it is first asked for."""
+def history_of(endpoint: Endpoint, path: str) -> History:
+    """The history of an endpoint, read from the state file at ``path`` when it is first asked for."""
     key = endpoint.base_url, endpoint.model
     if key not in _histories:
-        path = default_path()
-        state = _states.setdefault(str(path), State(path))
-        _histories[key] = History(endpoint, state)
+        _histories[key] = History(endpoint, state_at(path))
     return _histories[key]

@@ -118,6 +118,7 @@ class CallLife:
         self._waiting_since: Optional[float] = None
         self._processed = -1
         self._overflows = self._stricts = 0
+        self._free = 0  # attempts that do not count
 
     @property
     def deadline(self) -> float:
@@ -224,8 +225,11 @@ class CallLife:
         why = self._deadlines.why.get(name)
         return f"; {why}" if why else ""
 
-    def fail(self, failure: Failure, now: float) -> Step:
-        """What follows a failed attempt."""
+    def fail(self, failure: Failure, now: float, *, gained: bool = False) -> Step:
+        """What follows a failed attempt. ``gained``: the next one goes on with what this one has brought.
+
+        Attempts that bring the answer forward are not counted: they repeat nothing, and the answer's length bounds them.
+        """
         if failure.kind in (Kind.NOT_UP, Kind.LOADING):
             self.attempt -= 1
             self._patience -= now - self.sent_at
@@ -245,9 +249,14 @@ class CallLife:
             self._stricts += 1
             self.attempt -= 1
             return SendAgain()
-        if failure.kind is not Kind.TRANSIENT or self.attempt >= self._attempts:
+        if failure.kind is Kind.CONTINUATION:
+            self.attempt -= 1
+            return SendAgain()
+        if gained:
+            self._free = self.attempt
+        if failure.kind is not Kind.TRANSIENT or self.attempt - self._free >= self._attempts:
             return self._give_up(failure)
-        delay = self._backoff(self.attempt)
+        delay = self._backoff(max(self.attempt - self._free, 1))
         if failure.retry_after is not None:
             delay = max(delay, min(failure.retry_after, self._deadlines.total))
         if now + delay >= self.call_end:

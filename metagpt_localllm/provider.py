@@ -25,7 +25,7 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
 from metagpt_localllm import call as calls
-from metagpt_localllm import events, servers
+from metagpt_localllm import events, servers, session
 from metagpt_localllm.caller import find_caller, find_retry_loop
 from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess, window_is_too_large
 from metagpt_localllm.errors import LocalLLMError
@@ -143,7 +143,8 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
             _warn_of_window(call)
         self.reasoning_content = outcome.reasoning or None
         self.trims = outcome.trims
-        self._update_costs(outcome.usage)
+        if not outcome.replayed:
+            self._update_costs(outcome.usage)
         return outcome
 
     def _endpoint(self) -> Endpoint:
@@ -281,6 +282,10 @@ def _log(event: events.Event) -> None:
             logger.debug(f"{who}: {why}")
     elif isinstance(event, events.Queued):
         logger.info(f"{who}: waits for its turn behind {event.ahead} at this server.")
+    elif isinstance(event, events.Continued):
+        logger.info(f"{who}: goes on with the {event.tokens:,} tokens that there are of the answer.")
+    elif isinstance(event, events.Replayed):
+        logger.info(f"{who}: answered from the journal (call {event.number} there, {event.tokens:,} tokens); nothing is sent.")
     elif isinstance(event, events.Retry):
         logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
     elif isinstance(event, events.Waiting):
@@ -313,4 +318,5 @@ def _lost(trim: events.Trimmed) -> str:
     return ", ".join(f"{count} message{'s' * (count > 1)} {how}" for how, count in counts.items() if count)
 
 
+session.tell_by(logger.warning)
 _unsubscribe: Callable[[], None] = events.subscribe(_log)

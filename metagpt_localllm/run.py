@@ -21,7 +21,9 @@ from metagpt_localllm.failures import Failure
 from metagpt_localllm.history import history_of
 from metagpt_localllm.lifecycle import CallLife
 from metagpt_localllm.messages import Message
+from metagpt_localllm.record import Record
 from metagpt_localllm.servers import Server
+from metagpt_localllm.session import session_for
 from metagpt_localllm.settings import Backoff, LocalSettings
 from metagpt_localllm.tiers import Caller, choose_tier
 from metagpt_localllm.tokenizer_file import load_tokenizer
@@ -100,7 +102,7 @@ class Run:
         settings, endpoint, tools = call.settings, call.endpoint, call.body.get("tools")
         self.call = call
         self.server: Server = servers.UNKNOWN
-        self.history = history_of(endpoint)
+        self.history = history_of(endpoint, settings.journal.path)
         named = settings.context.tokenizer
         self.chat = self.history.conversations.open(
             call.body["messages"], tools, load_tokenizer(named) if named else estimate_text,
@@ -124,6 +126,11 @@ class Run:
         self.info = CallInfo(next(_numbers), endpoint.model, call.caller, self.deadlines.tier)
         self.answer = Answer()
         self.shared_tokens = 0
+        self.request = b""  # the body that the answer answers
+        self.saved = 0  # tokens that were not decoded again
+        self.record = Record(
+            session_for(settings.journal), endpoint, call.body, call.caller, self.deadlines.tier, self.time_scale
+        )
         self.trims: list[events.Trimmed] = []
         self.truncated = 0  # times that the server seems to have cut a prompt of this call without a word
         self.first_answer: Optional[Answer] = None  # the one that was thrown away for it

@@ -29,6 +29,8 @@ from typing_extensions import Annotated
 __all__ = [
     "Backoff",
     "ContextSettings",
+    "JournalSettings",
+    "KeepSettings",
     "LocalSettings",
     "Match",
     "RetrySettings",
@@ -283,6 +285,38 @@ class ContextSettings(_Section):
         return self
 
 
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _size(value: object) -> int:
+    """Bytes, from a number of them or from text such as ``"500MB"``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b)?", value.strip().lower()) if isinstance(value, str) else None
+    if found is not None and found[2] in (None, *_BYTES):
+        return int(float(found[1]) * _BYTES[found[2] or "b"])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a size; write bytes (1000000) or text (500MB, 2GB)")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_size)]
+
+
+class KeepSettings(_Section):
+    """What the journal keeps; the oldest runs go first."""
+
+    age: Seconds = Field(30 * 86400.0, description="seconds since a run's last call")
+    size: Bytes = Field(10**9, description="bytes of all runs together")
+
+
+class JournalSettings(_Section):
+    """The record of all runs and calls, from which a run that was killed goes on."""
+
+    enabled: StrictBool = True
+    path: StrictStr = Field("~/.metagpt/localllm/state.db", description="the learned speeds are there, too")
+    resume: Literal["auto", "ask", "never"] = Field("auto", description="whether a run that was left unfinished goes on")
+    keep: KeepSettings = KeepSettings()
+
+
 class LocalSettings(_Section):
     """All of ``llm.local``. Every key may be left out.
 
@@ -295,6 +329,7 @@ class LocalSettings(_Section):
     tiers: List[Tier] = []
     retry: RetrySettings = RetrySettings()
     context: ContextSettings = ContextSettings()
+    journal: JournalSettings = JournalSettings()
     server: StrictStr = Field("auto", description="what the server is; auto asks it")
     concurrency: Union[Literal["auto"], Count] = Field("auto", description="requests that we let it have at once")
 
@@ -359,5 +394,7 @@ def _paths() -> List[str]:
         "local.retry": RetrySettings,
         "local.retry.backoff": Backoff,
         "local.context": ContextSettings,
+        "local.journal": JournalSettings,
+        "local.journal.keep": KeepSettings,
     }
     return [f"{prefix}.{name}" for prefix, section in sections.items() for name in section.model_fields]

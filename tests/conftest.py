@@ -1,4 +1,5 @@
 import asyncio
+import atexit
 import contextlib
 import json
 import os
@@ -19,11 +20,12 @@ os.environ.update(HOME=str(_home), METAGPT_PROJECT_ROOT=str(_home))
 
 import pytest  # noqa: E402
 
-from metagpt_localllm import events, history  # noqa: E402
+from metagpt_localllm import events, history, session  # noqa: E402
 from metagpt_localllm.call import Call  # noqa: E402
 from metagpt_localllm.servers import detection  # noqa: E402
 from metagpt_localllm.settings import LocalSettings  # noqa: E402
 from metagpt_localllm.simulator import Answer, Machine, Simulator  # noqa: E402
+from metagpt_localllm.state import State, state_at  # noqa: E402
 from metagpt_localllm.tiers import Caller  # noqa: E402
 from metagpt_localllm.transport import Endpoint  # noqa: E402
 
@@ -45,11 +47,15 @@ def _no_memory_of_servers(tmp_path, monkeypatch):
     detection._strict.clear()
     history._histories.clear()
     # The state file of the last test stays where its writer has it open.
-    monkeypatch.setattr(history, "default_path", lambda: tmp_path / "state.db")
+    session._sessions.clear()
+    kept = State(tmp_path / "state.db")
+    for module in (history, session):
+        monkeypatch.setattr(module, "state_at", lambda path: kept if path.startswith("~") else state_at(path))
     yield
-    for state in history._states.values():
-        state.close()
-    history._states.clear()
+    for opened in session._sessions.values():
+        atexit.unregister(opened.end)
+        opened._release()
+    kept.close()
 
 
 @pytest.fixture

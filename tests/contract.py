@@ -8,6 +8,7 @@ from typing import Any, Optional
 import httpx
 
 from metagpt_localllm import servers
+from metagpt_localllm.answer import Answer, may_continue
 from metagpt_localllm.call import Call, complete
 from metagpt_localllm.servers.base import Ask, Timings
 from metagpt_localllm.settings import LocalSettings
@@ -31,6 +32,7 @@ class Promise:
         cached: its stream tells the tokens that came from the cache.
         clock: its stream tells seconds.
         work: it shows its work while it runs.
+        resumes: a stream can be taken up again.
         continues: "repeats" the beginning where the answer is not streamed, gives "new" text only, or "".
     """
 
@@ -42,6 +44,7 @@ class Promise:
     cached: bool = False
     clock: bool = False
     work: bool = False
+    resumes: bool = False
     continues: str = ""
 
 
@@ -161,6 +164,83 @@ async def continues_where_it_can(endpoint, promise):
         assert joined.startswith(whole)
 
 
+async def joins_a_cut_answer_to_what_it_would_have_been(endpoint, promise):
+    server = await identified(endpoint)
+    body = body_for(endpoint, max_tokens=60)
+    chunks, _, text = await read_stream(endpoint, {**body, **server.extras()})
+    whole = Answer()
+    for chunk in chunks:
+        whole.add(chunk)
+    joined = 0
+    for cut in range(len(chunks)):
+        first = Answer()
+        shown = "".join([first.add(chunk)[1] for chunk in chunks[:cut]])
+        if first.finish_reason is not None or not may_continue(first.partial, server.repeats):
+            continue
+        if first.tokens >= 60:
+            break
+        assert first.continuable
+        request = await servers.continuation(server, endpoint, body, first.partial, first.partial_tokens)
+        assert (request is not None) == bool(promise.continues)
+        if request is None:
+            return
+        second = Answer.begun(first.partial, first.partial_tokens, server.repeats, shown)
+        for chunk in (await read_stream(endpoint, {**request, **server.extras()}))[0]:
+            shown += second.add(chunk)[1]
+        assert (second.content, shown, second.finish_reason) == (text, text, whole.finish_reason)
+        assert not second.restarted and second.tokens == whole.tokens
+        if whole.usage:
+            for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
+                assert second.usage[key] == whole.usage[key]
+        joined += 1
+    assert joined or not promise.continues
+
+
+def client_without_connections():
+    """As the package's own: llama.cpp closes an idle connection just when the next request goes out."""
+    return httpx.AsyncClient(trust_env=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+async def begin(client, endpoint, body, headers, events=3):
+    """The bytes of a stream that the client leaves after so many events."""
+    data = b""
+    request = {"json": {**body, "stream": True}, "headers": dict(headers)}
+    async with client.stream("POST", endpoint.chat_url, **request) as response:
+        async for portion in response.aiter_raw():
+            data += portion
+            if data.count(b"\n\n") >= events:
+                break
+    return data
+
+
+def text_of(stream):
+    chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith(b"data: {")]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+
+
+async def takes_up_a_stream_that_lost_its_connection(endpoint, promise):
+    server = await identified(endpoint)
+    name, body = "one/two three", body_for(endpoint, max_tokens=60)
+    paths = server.path_to_resume(name, 0), server.path_to_stop(name)
+    assert bool(server.headers_to_resume(name)) == bool(paths[0]) == bool(paths[1]) == promise.resumes
+    if not promise.resumes:
+        return
+    async with client_without_connections() as client:
+        whole = (await read_stream(endpoint, body))[2]
+        for back in (0, 1, 9):  # at the end of an event, and within it
+            data = await begin(client, endpoint, body, server.headers_to_resume(name))
+            data = data[: len(data) - back]
+            rest = await client.get(endpoint.root + server.path_to_resume(name, len(data)))
+            assert (rest.status_code, text_of(data + rest.content)) == (200, whole)
+            assert (data + rest.content).endswith(b"data: [DONE]\n\n")
+            again = await client.get(endpoint.root + paths[0])
+            assert again.content == data + rest.content, "it is kept when it has ended"
+        beyond = await client.get(endpoint.root + server.path_to_resume(name, 10**9))
+        assert (beyond.status_code, beyond.content) == (200, b"")
+        assert [(await client.delete(endpoint.root + paths[1])).status_code for _ in range(2)] == [204, 204]
+        assert (await client.get(endpoint.root + paths[0])).status_code == 404
+
+
 async def is_taken_for_what_the_user_says(endpoint, promise):
     server = await identified(endpoint, promise.name)
     assert server.name == promise.name
@@ -174,5 +254,7 @@ CHECKS = (
     tells_its_times,
     shows_its_work_or_is_left_alone,
     continues_where_it_can,
+    joins_a_cut_answer_to_what_it_would_have_been,
+    takes_up_a_stream_that_lost_its_connection,
     is_taken_for_what_the_user_says,
 )

@@ -1,7 +1,11 @@
 """MetaGPT's software company from the command line to the project on disk."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,14 +15,22 @@ from metagpt_localllm.cli import main
 from metagpt_localllm.simulator import Machine, SimulatorThread
 
 
-def test_the_demo_leaves_a_project_and_a_table(tmp_path):
+def test_the_demo_is_killed_and_goes_on_and_leaves_a_project_and_a_table(tmp_path):
     command = str(Path(sys.executable).parent / "metagpt-localllm")
-    done = subprocess.run(
-        [command, "demo", "--output", str(tmp_path / "out"), "--scale", "600", "--limit", "150"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    demo = [command, "demo", "--output", str(tmp_path / "out"), "--scale", "600", "--limit", "150"]
+    events = tmp_path / "out" / "events.jsonl"
+    first = subprocess.Popen(demo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 90
+    while time.monotonic() < until and not (events.exists() and events.read_text().count('"Done"') >= 5):
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+
+    done = subprocess.run(demo, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "retries" in done.stdout and "prompts trimmed" in done.stdout
+    replayed = re.search(r"of these by an earlier run +│ +(\d+): [\d,]+ tokens saved", done.stdout)
+    assert replayed and int(replayed[1]) >= 5, done.stdout
     names = {path.name for path in (tmp_path / "out" / "workspace").rglob("*.py")}
     assert {"main.py", "game.py"} <= names
 

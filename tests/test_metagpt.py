@@ -356,3 +356,29 @@ def test_the_parts_of_metagpt_that_we_touch_are_where_we_expect_them():
         assert name in LLMConfig.model_fields, name
     assert hasattr(ActionNode._aask_v1, "retry"), "ActionNode no longer retries with tenacity"
     assert set(LLMConfig.model_fields) <= {*METAGPT_KEYS, "local"}, "the check would take a key of MetaGPT's for a mistake"
+
+
+async def test_a_team_that_breaks_off_is_noticed_though_it_swallows_the_error(monkeypatch):
+    from metagpt.environment import base_env
+    from metagpt.team import Team
+
+    from metagpt_localllm import session
+    from metagpt_localllm._register import watch_environment
+
+    noticed = []
+    monkeypatch.setattr(session, "broke_off", lambda: noticed.append("broke off"))
+    assert base_env.Environment.run.metagpt_localllm, "the hook has done it while MetaGPT was imported"
+    watch_environment(base_env)  # once more is not twice
+    team = Team(context=Context(), use_mgx=False)
+    monkeypatch.setattr(type(team.env), "is_idle", False)
+    monkeypatch.setattr(Team, "serialize", lambda self: None)
+
+    class Broken:
+        is_idle = False
+
+        async def run(self):
+            raise RuntimeError("the role could make nothing of it")
+
+    team.env.roles = {"r": Broken()}
+    await team.run(n_round=1)
+    assert noticed == ["broke off"]

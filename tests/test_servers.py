@@ -12,19 +12,25 @@ from contract import (
     body_for,
     endpoint_of,
     identified,
+    joins_a_cut_answer_to_what_it_would_have_been,
     post,
     read_stream,
     shows_its_work_or_is_left_alone,
+    takes_up_a_stream_that_lost_its_connection,
 )
 
 from metagpt_localllm import servers
 from metagpt_localllm.call import complete
 from metagpt_localllm.servers import KINDS
 from metagpt_localllm.servers.base import Ask, Facts
+from metagpt_localllm.servers.llama_cpp import LlamaCpp
+from metagpt_localllm.servers.llama_swap import LlamaSwap
+from metagpt_localllm.servers.vllm import VLLM
 from metagpt_localllm.simulator import DIALECTS, Answer, Machine
 
 LLAMA_CPP = {"window": 4096, "slots": 1, "images": False, "loaded": True, "quantization": "Q4_K - Medium"}
-SHOWS_ALL = {"counts": True, "progress": True, "cached": True, "clock": True, "work": True, "continues": "repeats"}
+SHOWS_ALL = {"counts": True, "progress": True, "cached": True, "clock": True, "work": True, "resumes": True}
+SHOWS_ALL["continues"] = "repeats"
 PROMISES = {
     "llama.cpp": Promise("llama.cpp", {**LLAMA_CPP, "largest_window": 16384}, **SHOWS_ALL),
     "llama.cpp-router": Promise("llama.cpp", {**LLAMA_CPP, "largest_window": 16384}, **SHOWS_ALL),
@@ -50,6 +56,13 @@ PROMISES = {
     "plain": Promise("plain", {"window": None}, cached=True),
 }  # fmt: skip
 FAST = Machine(prefill_speed=1e6, decode_speed=1e6, batch=64)
+LINES = "A dog barks.\n\nThe snake:\n    eats (an apple) ...\n" * 3 + "6 \U0001f600 like \u4f60\u597d\u3002\n\n" + "x" * 40
+
+
+def long(_messages, _tools):
+    return Answer(text=LINES)
+
+
 SLOW = Machine(prefill_speed=1500, decode_speed=60, batch=64)
 
 
@@ -62,7 +75,9 @@ def test_every_kind_has_a_dialect_and_every_dialect_a_promise():
 @pytest.mark.parametrize("dialect", DIALECTS)
 async def test_every_server_keeps_the_contract(simulator, dialect, check):
     slow = check is shows_its_work_or_is_left_alone
-    async with simulator(dialect=dialect, machine=SLOW if slow else FAST, scale=1 if slow else 1000) as server:
+    asks_much = check in (joins_a_cut_answer_to_what_it_would_have_been, takes_up_a_stream_that_lost_its_connection)
+    more = {"answer": long} if asks_much else {}
+    async with simulator(dialect=dialect, machine=SLOW if slow else FAST, scale=1 if slow else 1000, **more) as server:
         await check(endpoint_of(server.base_url, server.model), PROMISES[dialect])
         if dialect == "llama-cpp-python":
             asked = [path for path in server.paths if not path.endswith("/chat/completions")]
@@ -274,6 +289,58 @@ async def test_llama_swap_in_front_of_another_server_promises_nothing():
         assert "return_progress" not in found.extras() and found.facts.loaded
         assert await found.work(Ask(endpoint_of(server.base_url, "nick"))) is None
         assert found.continuation(body_for(endpoint_of(server.base_url, "nick")), "x") is None
+        assert not found.headers_to_resume("x") and found.path_to_resume("x", 1) is found.path_to_stop("x") is None
+
+
+@pytest.mark.parametrize("version, resume, stop, repeats", [
+    ("b0-unknown", "/v1/stream?conv_id=a%2Fb&from=7", "/v1/stream?conv_id=a%2Fb", None),
+    ("b10144-1234", "/v1/stream?conv_id=a%2Fb&from=7", "/v1/stream?conv_id=a%2Fb", False),
+    ("b10143-1234", "/v1/stream/a%2Fb?from=7", "/v1/stream/a%2Fb", False),
+    ("b9807-1234", None, None, False), ("b9140", None, None, None),
+    ("", "/v1/stream?conv_id=a%2Fb&from=7", "/v1/stream?conv_id=a%2Fb", None),
+])  # fmt: skip
+def test_what_llama_cpp_of_each_build_goes_on_with(version, resume, stop, repeats):
+    server = LlamaCpp(Facts(version=version))
+    assert (server.path_to_resume("a/b", 7), server.path_to_stop("a/b"), server.repeats) == (resume, stop, repeats)
+    assert bool(server.headers_to_resume("a/b")) == bool(resume)
+
+
+def test_llama_swap_has_the_streams_below_its_models_server():
+    server = LlamaSwap(Facts(loaded=True), "my/model")
+    assert server.path_to_resume("a/b", 7) == "/upstream/my/model/v1/stream?conv_id=a%2Fb&from=7"
+
+
+# ------------------------------------------------------------------------------------------ continuation
+
+FORMS = [{"response_format": {"type": "json_object"}}, {"grammar": "root ::= x"}, {"tool_choice": "required"},
+         {"tool_choice": {"type": "function", "function": {"name": "f"}}}, {"n": 2}, {"logprobs": True}]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: next(iter(form)))
+def test_an_answer_that_must_have_a_form_is_never_gone_on_with(kind, form):
+    assert kind().continuation({"messages": [], **form}, "some text") is None
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_continuation_has_the_tokens_that_are_left(kind):
+    body = {"messages": [], "max_tokens": 10, "response_format": {"type": "text"}, "tool_choice": "auto"}
+    request = kind().continuation(body, "some text", 4)
+    assert (request is not None) == (kind.name in ("llama.cpp", "llama-swap", "vllm", "sglang", "tabbyapi"))
+    assert request is None or request["max_tokens"] == 6
+    assert kind().continuation(body, "some text", 10) is None
+
+
+@pytest.mark.parametrize("answers", [
+    {}, {"/apply-template": {"prompt": "the same"}},
+    {"/tokenize": {"tokens": [1, 2]}, "/detokenize": {"prompt": "else"}},
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [LlamaCpp, VLLM])
+async def test_what_is_not_proved_is_not_gone_on_with(kind, answers):
+    async with RawServer(chunk("x"), about=answers) as server:
+        endpoint = endpoint_of(server.base_url, "m")
+        assert await servers.continuation(kind(), endpoint, body_for(endpoint), "some text", 2) is None
+        assert server.others
 
 
 # ------------------------------------------------------------------------------------------ the rest

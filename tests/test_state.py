@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -107,7 +108,8 @@ def test_a_damaged_file_costs_one_warning(state, warnings):
     state.path.parent.mkdir()
     state.path.write_bytes(b"this is no database" * 100)
     assert state.samples("http://a", "m") == []
-    state.add_sample("http://a", "m", {})
+    state.add_sample("http://a", "m", {"n": 1})
+    assert state.flush(10) and state.samples("http://a", "m") == [{"n": 1}], "a new one is begun"
     assert len(warnings) == 1
 
 
@@ -128,6 +130,92 @@ def test_a_file_that_is_removed_during_a_run_costs_one_warning(state, warnings):
     state.path.touch()  # as another process would
     assert state.samples("http://a", "m") == [] and "removed" in warnings[0]
     state.close()
+
+
+def test_a_read_beside_the_thread_leaves_it_its_locks(state):
+    # To close any handle of a file releases all locks of the process: a process that came then took itself for
+    # the last one, and removed the -wal file that we went on writing to.
+    def elsewhere():
+        code = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM samples'))"
+        return subprocess.run([sys.executable, "-c", code, state.path], capture_output=True, check=True).stdout
+
+    state.add_sample("http://a", "m", {"n": 1})
+    assert state.flush(10) and len(state.samples("http://a", "m")) == 1
+    assert elsewhere() == b"(1,)\n"
+    state.add_sample("http://a", "m", {"n": 2})
+    assert state.flush(10) and elsewhere() == b"(2,)\n"
+
+
+VERSION_1 = """
+    CREATE TABLE samples (
+        id INTEGER PRIMARY KEY,
+        at REAL NOT NULL,          -- seconds since 1970
+        server TEXT NOT NULL,      -- base_url, without a user name and password
+        model TEXT NOT NULL,
+        sample TEXT NOT NULL       -- JSON of latency.Sample: counts and seconds, no text of any prompt
+    );
+    CREATE INDEX samples_of ON samples (server, model, id);
+    PRAGMA user_version = 1;
+    PRAGMA journal_mode = WAL;
+"""
+
+
+@pytest.mark.parametrize("first", ["read", "write"])
+def test_a_file_of_version_1_is_brought_forward_with_its_samples(state, warnings, first):
+    state.path.parent.mkdir()
+    with closing(sqlite3.connect(state.path)) as database:
+        database.executescript(VERSION_1)
+        database.execute("INSERT INTO samples VALUES (1, 2.0, 'http://a', 'm', '{\"n\": 1}')")
+        database.execute("CREATE TABLE large (x)")
+        database.execute("INSERT INTO large VALUES (zeroblob(3000000))")
+        database.commit()
+    if first == "write":
+        state.add_sample("http://a", "m", {"n": 2})
+        assert state.flush(10)
+    assert state.samples("http://a", "m") == [{"n": 1}, {"n": 2}][: 2 if first == "write" else 1]
+    state.write(lambda database: database.execute("DELETE FROM large") and None)
+    state.write(lambda database: database.execute("INSERT INTO runs VALUES ('r', 'k', 0, 0, '', '', 0, 0, 0, '')") and None)
+    state.shrink()
+    assert state.flush(10) and warnings == []
+    state.close()
+    assert state.path.stat().st_size < 200_000
+    with closing(sqlite3.connect(state.path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_a_job_that_fails_is_undone_and_the_next_is_done(state, warnings):
+    def job(database):
+        database.execute("DELETE FROM samples")
+        raise RuntimeError("no")
+
+    state.add_sample("http://a", "m", {"n": 1})
+    state.write(job)
+    state.add_sample("http://a", "m", {"n": 2})
+    assert state.flush(10) and len(state.samples("http://a", "m")) == 2 and len(warnings) == 1
+
+
+def test_a_job_takes_the_place_of_one_of_its_key(state):
+    done, hold = [], threading.Event()
+    state.write(lambda database: hold.wait(20) and None)
+    time.sleep(0.05)
+    for n in range(3):
+        state.write(lambda database, n=n: done.append(n), "key")
+        state.write(lambda database, n=n: done.append(10 + n))
+    hold.set()
+    assert state.flush(10) and done == [2, 10, 11, 12]
+
+
+def test_the_thread_lets_go_of_a_file_that_nobody_writes_to(state, monkeypatch):
+    monkeypatch.setattr("metagpt_localllm.state._IDLE", 0.05)
+    wal = state.path.with_name("state.db-wal")
+    for n in range(2):
+        state.add_sample("http://a", "m", {"n": n})
+        assert state.flush(10)
+        end = time.monotonic() + 10
+        while wal.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not wal.exists()
+    assert len(state.samples("http://a", "m")) == 2
 
 
 def test_a_closed_file_is_opened_again_when_it_is_needed(state):

@@ -1,11 +1,12 @@
 """The servers that people run: one module for each, a plain one, and the detection that finds out which it is."""
 
-from metagpt_localllm.servers.base import Ask, Facts, Server
+from metagpt_localllm.servers.base import Ask, Facts, Loading, Server
 from metagpt_localllm.servers.detection import (
     KINDS,
     UNKNOWN,
     Identified,
     Learned,
+    continuation,
     count_tokens,
     forget,
     identify,
@@ -25,7 +26,9 @@ __all__ = [
     "Facts",
     "Identified",
     "Learned",
+    "Loading",
     "Server",
+    "continuation",
     "count_tokens",
     "forget",
     "identify",

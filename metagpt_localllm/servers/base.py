@@ -14,7 +14,14 @@ from typing import Any, ClassVar, Hashable, Mapping, Optional
 
 from metagpt_localllm.transport import Endpoint, client_for
 
-__all__ = ["Ask", "Facts", "Health", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
+__all__ = ["Ask", "Facts", "Health", "Loading", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
+
+
+#: Fields that give an answer its form, or tell of each of its tokens (llama.cpp, vLLM, SGLang, TabbyAPI).
+_FORMS = (
+    "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "regex", "ebnf", "structural_tag", "grammar_string", "regex_pattern", "logprobs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,10 @@ class Unanswered(Exception):
     """A question got no usable answer: the server loads, a proxy answers for it, or the key is wrong."""
 
 
+class Loading(Unanswered):
+    """It answers that it loads its model (503)."""
+
+
 class Ask:
     """Questions to one server beside the chat.
 
@@ -133,6 +144,8 @@ class Ask:
             extensions={"trace": self._trace},
         )  # fmt: skip
         self.software = response.headers.get("server", "")
+        if response.status_code == 503:
+            raise Loading("503")
         if response.status_code >= 500 or response.status_code in (401, 403):
             raise Unanswered(f"{response.status_code}")
         if response.status_code != 200:
@@ -240,22 +253,47 @@ class Server:
     async def load(self, ask: Ask, model: str) -> None:
         """Loads the model, for as long as that takes, where a request would lose it by giving up too early."""
 
-    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
-        """The request that goes on with the answer ``partial``; None where it cannot.
-
-        Whether the answer then repeats ``partial`` in front differs; the caller has to look.
-        """
+    @property
+    def repeats(self) -> Optional[bool]:
+        """Whether a continued answer that is streamed has its beginning in front again; None where that is not known."""
         return None
 
-    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
-        """Headers of a request whose stream is to outlive its connection; none where it cannot.
+    def continuation(self, body: Mapping[str, Any], partial: str, tokens: int = 0) -> Optional[Mapping[str, Any]]:
+        """The request that goes on with the answer ``partial`` of so many tokens; None where it cannot.
 
-        Such a request goes on when its client leaves, and has to be stopped.
+        An answer that has all its tokens cannot, nor one that must have a form: a grammar begins anew with each request
+        ("abc d" became "abc dabc def ghi", llama.cpp b11549, measured). Only where :meth:`proves` says so is the whole
+        what it would have been.
+        """
+        request = None if _has_form(body) else self._continued(body, partial)
+        limits = {key: positive(body.get(key)) for key in ("max_tokens", "max_completion_tokens")}
+        left = {key: limit - tokens for key, limit in limits.items() if limit is not None}
+        return {**request, **left} if request is not None and all(number > 0 for number in left.values()) else None
+
+    def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """The same, with no look at its form or its limit."""
+        return None
+
+    async def proves(self, ask: Ask, body: Mapping[str, Any], partial: str) -> bool:
+        """Whether the prompt of :meth:`continuation` is that of ``body`` with ``partial`` behind it, and nothing else.
+
+        Templates differ: they trim the text, or put an empty thought before it.
+        """
+        return False
+
+    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
+        """Headers of a streamed request that is to outlive its connection; none where it cannot.
+
+        Such a request goes on to its end when its client leaves, and has to be stopped (:meth:`path_to_stop`).
         """
         return {}
 
     def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
-        """Where the stream goes on from so many bytes of it; None where it cannot."""
+        """Where a GET has the stream from so many bytes of its body on; None where it cannot. 404: it has none."""
+        return None
+
+    def path_to_stop(self, conversation: str) -> Optional[str]:
+        """Where a DELETE ends the request and frees its place; None where it cannot. 204, whatever there was."""
         return None
 
     def remedy(self, window: int) -> str:
@@ -278,6 +316,18 @@ class Server:
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         """Tokens of a prompt (``model``, ``messages``, ``tools``) by its own tokenizer and chat template."""
         return None
+
+
+def _has_form(body: Mapping[str, Any]) -> bool:
+    """Whether more than the model decides how the answer goes on, so that its beginning would be missed."""
+    form = body.get("response_format")
+    if isinstance(form, Mapping) and form.get("type", "text") != "text":
+        return True
+    return (
+        any(body.get(field) for field in _FORMS)
+        or body.get("tool_choice") not in (None, "auto", "none")
+        or (positive(body.get("n")) or 1) > 1
+    )
 
 
 def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:

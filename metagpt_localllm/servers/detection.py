@@ -1,6 +1,6 @@
 """Finding out what kind of server answers, once per address, and what is asked of it beside the chat.
 
-Nothing here ever fails a call or delays it by more than a second (counting tokens: five).
+Nothing here ever fails a call or delays it by more than a second (counting tokens, and proving a continuation: five).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Mapping, Optional
 from weakref import WeakKeyDictionary
 
 import anyio
+import httpx
 
-from metagpt_localllm.servers.base import Ask, Health, Server, Unanswered
+from metagpt_localllm.servers.base import Ask, Health, Loading, Server, Unanswered
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.servers.llama_cpp_python import LlamaCppPython
 from metagpt_localllm.servers.llama_swap import LlamaSwap
@@ -28,8 +29,8 @@ from metagpt_localllm.servers.vllm import VLLM, SGLang, TabbyAPI
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
-    "KINDS", "UNKNOWN", "Identified", "Learned", "count_tokens", "forget", "identify", "is_strict", "kind_named", "known",
-    "learned", "load", "mark_strict", "wait_until_up",
+    "KINDS", "UNKNOWN", "Identified", "Learned", "continuation", "count_tokens", "forget", "identify", "is_strict",
+    "kind_named", "known", "learned", "load", "mark_strict", "wait_until_up",
 ]  # fmt: skip
 
 #: The kinds of servers, in the order in which they are tried where the list of models gives none of them away.
@@ -42,6 +43,8 @@ UNKNOWN = Server()
 _PROBE_LIMIT = 1.0
 #: Seconds for counting the tokens of a prompt.
 _COUNT_LIMIT = 5.0
+#: Seconds for the proof that a continuation goes on where the answer broke off.
+_PROOF_LIMIT = 5.0
 #: Seconds for one look whether the server is up.
 _POLL_LIMIT = 5.0
 #: Seconds between two such looks, at the most.
@@ -66,6 +69,7 @@ class Learned:
         window: context window in tokens as such an error named it, or None.
         scale: by how much more we estimate than usual, since the server refused a prompt and did not say how long it was.
         counts_all: whether its count of a prompt's tokens can be compared with ours.
+        continues: whether it goes on with answers that broke off, as far as is known.
         failed_counts: times in a row that it did not count when it was asked to.
         asked: when it was last asked whether the window has grown, by the event loop's clock.
     """
@@ -73,6 +77,7 @@ class Learned:
     window: Optional[int] = None
     scale: float = 1.0
     counts_all: bool = True
+    continues: bool = True
     failed_counts: int = 0
     asked: float = -math.inf
 
@@ -222,6 +227,29 @@ async def count_tokens(server: Server, endpoint: Endpoint, body: Mapping[str, An
             return await server.count_tokens(Ask(endpoint), prompt)
         except Exception as error:  # the estimate serves instead
             _log.debug("%s did not count: %s", endpoint.address, type(error).__name__)
+    return None
+
+
+async def continuation(
+    server: Server, endpoint: Endpoint, body: Mapping[str, Any], partial: str, tokens: int
+) -> Optional[Mapping[str, Any]]:
+    """The request that goes on with ``partial`` (of so many tokens) as the one of ``body`` would have.
+
+    None where it cannot be proved that it will; a server that does not answer the question proves nothing.
+
+    Raises:
+        httpx.TransportError: it is not there, so that there is nobody to prove it.
+        Loading: it is, but not yet.
+    """
+    request = server.continuation(body, partial, tokens)
+    if request is not None:
+        with anyio.move_on_after(_PROOF_LIMIT):
+            try:
+                return request if await server.proves(Ask(endpoint), body, partial) else None
+            except (httpx.TransportError, Loading):
+                raise
+            except Exception as error:  # then it begins afresh
+                _log.debug("%s proved no continuation: %s", endpoint.address, type(error).__name__)
     return None
 
 

@@ -6,12 +6,16 @@ it; a question about a model would do so too, if it didn't forbid it (``autoload
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
 from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, Work, entries, positive
 
 __all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
+
+#: The builds from which on it knows ``continue_final_message``, has streams to resume, and takes their names as a query.
+_CONTINUES_EXPLICITLY, _STREAMS, _STREAMS_BY_QUERY = 9141, 9808, 10144
 
 
 class LlamaCpp(Server):
@@ -76,16 +80,57 @@ class LlamaCpp(Server):
             return Work(True, "loading", "loading the model")
         return None
 
-    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
-        """A streamed answer has the new text only, a whole one all of it (b11549, measured); builds differ."""
+    @property
+    def _build(self) -> Optional[int]:
+        """Of ``b11549-0123456``; builds made elsewhere have none (``b0-unknown``)."""
+        found = re.match(r"b(\d+)", self.facts.version)
+        return (int(found[1]) or None) if found else None
+
+    def _path(self, path: str) -> str:
+        return path
+
+    @property
+    def repeats(self) -> Optional[bool]:
+        """Streamed it has the new text only, whole all of it (b11549, measured); builds before b9141 differ."""
+        return False if (self._build or 0) >= _CONTINUES_EXPLICITLY else None
+
+    def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
         messages = [*body["messages"], {"role": "assistant", "content": partial}]
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
+    async def proves(self, ask: Ask, body: Mapping[str, Any], partial: str) -> bool:
+        """It puts the text behind the template's prompt, white space and all, but an empty thought may come between."""
+        request = self.continuation(body, partial)
+        before = await self._rendered(ask, body) if request is not None else None
+        return before is not None and await self._rendered(ask, request or {}) == before + partial
+
+    async def _rendered(self, ask: Ask, body: Mapping[str, Any]) -> Optional[str]:
+        prompt = (await ask.json(self._path("/apply-template"), body) or {}).get("prompt")
+        return prompt if isinstance(prompt, str) else None
+
     def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
-        return {"x-conversation-id": conversation}  # from b9808 on; older builds ignore it
+        """It takes a second request of the same name for the first one's end (b11549, measured; from b9808 on)."""
+        return {"x-conversation-id": conversation} if self._stream(conversation) else {}
 
     def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
-        return f"/v1/stream?conv_id={quote(conversation, safe='')}&from={offset}"
+        """From any byte, exact, also in prefill and in the queue; for 300 s after the end, and never after a restart.
+
+        An offset beyond the end gives nothing (b11549, measured). It keeps the last 4 MiB; 400 where those do not
+        reach back so far (server-stream.cpp).
+        """
+        path = self._stream(conversation)
+        return f"{path}{'&' if '?' in path else '?'}from={offset}" if path else None
+
+    def path_to_stop(self, conversation: str) -> Optional[str]:
+        """The slot is free within 0.3 s (b11549, measured), in prefill at the end of a batch."""
+        return self._stream(conversation)
+
+    def _stream(self, conversation: str) -> Optional[str]:
+        name, build = quote(conversation, safe=""), self._build
+        if build is None or build >= _STREAMS_BY_QUERY:
+            return self._path(f"/v1/stream?conv_id={name}")
+        # Before that, the router lost its streams.
+        return self._path(f"/v1/stream/{name}") if build >= _STREAMS and not self._routed else None
 
     def _enlarge(self, window: int) -> str:
         """``--ctx-size`` is divided by ``--parallel``, unless ``--kv-unified`` has the slots share it.

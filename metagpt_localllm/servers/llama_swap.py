@@ -54,8 +54,15 @@ class LlamaSwap(LlamaCpp):
         slots = await ask.array(f"{_at(self._upstream)}/slots") if state == "ready" and self._is_llama_cpp else None
         return work_of(slots) if slots is not None else None
 
-    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
-        return super().continuation(body, partial) if self._is_llama_cpp else None
+    def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        return super()._continued(body, partial) if self._is_llama_cpp else None
+
+    def _path(self, path: str) -> str:
+        return f"{_at(self._upstream)}{path}"
+
+    def _stream(self, conversation: str) -> Optional[str]:
+        """llama-swap passes the request's headers on (not tried)."""
+        return super()._stream(conversation) if self._is_llama_cpp and self._upstream else None
 
     def _enlarge(self, window: int) -> str:
         """(Its docs/configuration.md.)"""

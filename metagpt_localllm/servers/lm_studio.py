@@ -61,6 +61,10 @@ class LMStudio(Server):
             messages = [{"role": "user", "content": "."}]
             await ask.json("./chat/completions", {"model": model, "messages": messages, "max_tokens": 1})
 
+    def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """None: what it makes of an assistant's message at the end is not documented, and it shows no prompt."""
+        return None
+
     def _enlarge(self, window: int) -> str:
         """What is loaded must go first: ``lms load`` would load it once more (lms, load.ts; bug tracker, #1582)."""
         model = self._model or "MODEL"

@@ -79,6 +79,13 @@ class Ollama(Server):
             # follows sets keep_alive to the server's own default again.
             await ask.json("/api/generate", {"model": model, "keep_alive": _KEEP})
 
+    def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """None: it goes on or begins anew as the model's template, renderer and parser have it, and shows no prompt.
+
+        A new turn that does not begin as the old one did would be taken for what comes next.
+        """
+        return None
+
     def _enlarge(self, window: int) -> str:
         """Nothing in a request to ``/v1`` can (openai/openai.go, ChatCompletionRequest; docs/context-length.mdx).
 

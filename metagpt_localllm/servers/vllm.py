@@ -8,6 +8,11 @@ from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, entries, 
 
 __all__ = ["VLLM", "SGLang", "TabbyAPI"]
 
+#: Fields of a chat that make its prompt (vLLM, TokenizeChatRequest).
+_OF_THE_PROMPT = (
+    "model", "messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+)  # fmt: skip
+
 
 class VLLM(Server):
     """Prompt and answer together must fit its context, and a prompt that fits is refused for a large ``max_tokens``."""
@@ -57,10 +62,35 @@ class VLLM(Server):
             decode=decode / 1000 if decode is not None else None,
         )
 
-    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
-        """Without both flags it begins a new turn (measured); with them the answer has the new text only."""
+    @property
+    def repeats(self) -> Optional[bool]:
+        return False  # but for ``echo``
+
+    def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+        """Without both flags it begins a new turn (measured); with them the answer has the new text only.
+
+        Its penalties count what this request has answered, without the beginning.
+        """
+        if any(body.get(field) for field in ("frequency_penalty", "presence_penalty", "min_tokens", "echo")):
+            return None
         messages = [*body["messages"], {"role": "assistant", "content": partial}]
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+
+    async def proves(self, ask: Ask, body: Mapping[str, Any], partial: str) -> bool:
+        """By its tokens: many templates trim the text, or drop it up to "</think>"."""
+        request = self.continuation(body, partial)
+        before = await self._tokens(ask, body) if request is not None else None
+        tokens = await self._tokens(ask, request or {}) if before else None
+        if not before or not tokens or tokens[: len(before)] != before:
+            return False
+        question = {"model": body.get("model"), "tokens": tokens[len(before) :]}
+        text = (await ask.json("/detokenize", question) or {}).get("prompt")
+        return text == partial or (partial[:1] == " " and text == partial[1:])  # SentencePiece drops a first space
+
+    async def _tokens(self, ask: Ask, body: Mapping[str, Any]) -> Optional[list[Any]]:
+        question = {key: body[key] for key in _OF_THE_PROMPT if body.get(key) is not None}
+        tokens = (await ask.json("/tokenize", question) or {}).get("tokens")
+        return tokens if isinstance(tokens, list) else None
 
     def _enlarge(self, window: int) -> str:
         """(docs.vllm.ai, Engine Arguments.)"""
@@ -84,6 +114,10 @@ class SGLang(VLLM):
     def _enlarge(self, window: int) -> str:
         """(docs.sglang.io, Server Arguments.)"""
         return f"Start the server with `--context-length {window}`"
+
+    async def proves(self, ask: Ask, body: Mapping[str, Any], partial: str) -> bool:
+        """Yes by its source: the text goes behind the template's prompt, which never sees it (serving_chat.py)."""
+        return self.continuation(body, partial) is not None
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         return None
@@ -122,9 +156,17 @@ class TabbyAPI(VLLM):
     def settled(self) -> bool:
         return bool(self.facts.loaded)
 
-    def continuation(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
+    @property
+    def repeats(self) -> Optional[bool]:
+        return None
+
+    def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
         """It appends ``response_prefix`` to the prompt after the template."""
-        return {**body, "response_prefix": partial}
+        return {**body, "response_prefix": partial} if super()._continued(body, partial) is not None else None
+
+    async def proves(self, ask: Ask, body: Mapping[str, Any], partial: str) -> bool:
+        """Yes by its source: the text goes behind the template's prompt (chat_completion.py)."""
+        return self.continuation(body, partial) is not None
 
     def _enlarge(self, window: int) -> str:
         """``cache_size`` (4,096 by default, a multiple of 256) bounds ``max_seq_len`` (config_sample.yml)."""

@@ -16,7 +16,7 @@ from metagpt_localllm.simulator.machine import Machine, render, tokenize
 
 __all__ = [
     "DIALECTS", "DIALECTS_BY_NAME", "TOO_LONG", "Dialect", "Job", "State", "about", "clip", "left_by_ollama",
-    "overflow", "prompt_of", "refusal",
+    "overflow", "prompt_of", "refusal", "stream_named",
 ]  # fmt: skip
 
 #: What a server may do with a prompt over the context.
@@ -32,6 +32,8 @@ TOO_LONG = {
 }
 #: Tokens in front that Ollama keeps (num_keep).
 _KEPT = 4
+#: The numbers of the tokens that vLLM was asked for.
+_vocabulary: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Dialect:
         continues: an assistant's message at the end: "always" continued, only when "asked", by a "prefix" beside the
             messages, or never ("").
         repeats: whether a continued answer has the beginning in front again where it is not streamed.
+        resumes: whether a stream that its request names outlives its connection.
         too_long: what becomes of a prompt over the context, one of TOO_LONG.
         strict: fields that it refuses with 422.
         interrupted: whether a second request for the model ends the stream that runs.
@@ -69,6 +72,7 @@ class Dialect:
     progress: str = ""
     continues: str = ""
     repeats: bool = False
+    resumes: bool = False
     too_long: str = "refused"
     strict: frozenset[str] = frozenset()
     interrupted: bool = False
@@ -79,7 +83,7 @@ class Dialect:
 
 
 _LLAMA_CPP: dict[str, Any] = {
-    "software": "llama.cpp", "progress": "events", "continues": "always", "repeats": True,
+    "software": "llama.cpp", "progress": "events", "continues": "always", "repeats": True, "resumes": True,
 }  # fmt: skip
 _VLLM: dict[str, Any] = {"software": "uvicorn", "too_long": "sum", "continues": "asked", "cached": False}
 
@@ -215,6 +219,8 @@ def _llama_cpp(path: str, body: Mapping[str, Any], state: State) -> Optional[Any
                 )  # fmt: skip
             slots.append(slot)
         return slots
+    if path == "/apply-template":
+        return {"prompt": "".join(prompt_of(DIALECTS_BY_NAME["llama.cpp"], body)[0])}
     if path == "/v1/chat/completions/input_tokens":
         return {"input_tokens": len(_rendered(body)), "object": "response.input_tokens"}
     if path == "/tokenize":
@@ -269,8 +275,12 @@ def _lm_studio(path: str, _body: Mapping[str, Any], state: State) -> Optional[An
 
 def _vllm(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     if path == "/tokenize":
-        tokens = _rendered(body)
-        return {"count": len(tokens), **state.window("max_model_len"), "tokens": list(range(len(tokens)))}
+        tokens, _ = prompt_of(DIALECTS_BY_NAME["vllm"], body)
+        numbers = [_vocabulary.setdefault(token, len(_vocabulary)) for token in tokens]
+        return {"count": len(tokens), **state.window("max_model_len"), "tokens": numbers}
+    if path == "/detokenize":
+        pieces = {number: token for token, number in _vocabulary.items()}
+        return {"prompt": "".join(pieces.get(number, "") for number in body.get("tokens") or ())}
     if path == "/version":
         return {"version": "0.32.0"}
     return _health(path, body, state)
@@ -292,6 +302,16 @@ def _transformers(path: str, body: Mapping[str, Any], state: State) -> Optional[
 
 def _rendered(body: Mapping[str, Any]) -> list[str]:
     return render(body.get("messages") or (), body.get("tools"))
+
+
+def stream_named(dialect: Dialect, target: str, model: str) -> Optional[tuple[str, int]]:
+    """The name of the stream that a request to ``/v1/stream`` is for, and its offset in bytes; None for others."""
+    path, _, query = target.partition("?")
+    below = f"/upstream/{model}" if dialect.name == "llama-swap" else ""
+    if not dialect.resumes or unquote(path) != f"{below}/v1/stream":
+        return None
+    given = parse_qs(query)
+    return "".join(given.get("conv_id", ())), int("".join(given.get("from", ())) or 0)
 
 
 def prompt_of(dialect: Dialect, body: Mapping[str, Any]) -> tuple[list[str], Optional[str]]:

@@ -1,0 +1,130 @@
+"""One call in the journal: what an earlier run has left for it, and what becomes of it now."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Mapping, Optional
+
+from metagpt_localllm import events
+from metagpt_localllm.answer import Answer
+from metagpt_localllm.fingerprint import fingerprint
+from metagpt_localllm.journal import CallRecord
+from metagpt_localllm.session import Session
+from metagpt_localllm.tiers import Caller
+from metagpt_localllm.transport import Endpoint
+
+__all__ = ["Record"]
+
+#: Seconds between two checkpoints of an answer that streams.
+_EVERY = 1.0
+#: The same in scaled time, at the least.
+_LEAST = 0.05
+
+
+class Record:
+    """What is written down of one call; nothing where there is no session.
+
+    Attributes:
+        left: what an earlier run has left for this request: a whole answer, or the beginning of one.
+    """
+
+    def __init__(
+        self, session: Optional[Session], endpoint: Endpoint, body: Mapping[str, Any], caller: Caller, tier: str,
+        time_scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        self._session = session
+        self._every = max(_EVERY / time_scale, _LEAST)
+        self.left: Optional[CallRecord] = None
+        self._instead: Optional[CallRecord] = None
+        self._secret = ""
+        self._number = 0
+        self._saved_at = 0.0
+        self._request: Optional[bytes] = None
+        self._attempts: list[dict[str, Any]] = []
+        if session is None:
+            return
+        asked, wanted = fingerprint(body), int(body.get("max_tokens") or 0)
+        self._secret = endpoint.api_key
+        self._instead, usable = session.recall(asked, wanted)
+        self.left = self._instead if usable else None
+        self._call = CallRecord(
+            number=0, digest=asked.exact, loose=asked.loose, volatile=asked.volatile, action=caller.action,
+            role=caller.profile or caller.role, tier=tier, model=endpoint.model, server=endpoint.address,
+            started=time.time(), wanted_tokens=wanted,
+        )  # fmt: skip
+
+    @property
+    def replay(self) -> Optional[CallRecord]:
+        """The whole answer that an earlier run has left."""
+        return self.left if self.left is not None and self.left.outcome == "done" else None
+
+    @property
+    def beginning(self) -> Optional[CallRecord]:
+        """The beginning of an answer that an earlier run has left, with the request that it answers."""
+        return self.left if self.left is not None and self.left.outcome != "done" else None
+
+    def replayed(self) -> None:
+        if self._session is not None:
+            self._session.replayed()
+
+    def sent(self, request: bytes, deadlines: Mapping[str, float]) -> None:
+        """An attempt begins; ``request``: the body that the whole answer answers."""
+        if self._session is None:
+            return
+        self._request = request
+        self._saved_at = time.monotonic()
+        self._attempts.append({"at": time.time(), "deadlines": dict(deadlines)})
+        if not self._number:
+            self._number = self._session.begin(self._call, self._instead)
+
+    def received(self, answer: Answer) -> None:
+        """A token came: about once a second all of them are kept."""
+        now = time.monotonic()
+        if now - self._saved_at >= self._every:
+            self._saved_at = now
+            self._checkpoint(answer)
+
+    def failed(self, answer: Answer, error: str, detail: str, ttft: Optional[float]) -> None:
+        """An attempt failed; what has come of the answer is kept."""
+        if self._session is None or not self._attempts:
+            return
+        if len(self._secret) > 3:  # a server may quote it
+            detail = detail.replace(self._secret, "…")
+        self._attempts[-1].update(error=error, detail=detail, ttft=ttft, tokens=answer.tokens, ended=time.time())
+        self._checkpoint(answer)
+
+    def done(
+        self, answer: Answer, usage: Mapping[str, Any], trims: list[events.Trimmed], *, saved: int, ttft: Optional[float],
+        timings: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """The answer is whole. ``saved``: tokens of it that were not decoded again."""
+        if self._session is None or not self._number:
+            return
+        if self._attempts:
+            self._attempts[-1].update(ttft=ttft, tokens=answer.tokens, ended=time.time())
+        self._end(
+            "done", answer=answer.as_record(), finish_reason=answer.finish_reason, usage=usage, timings=timings,
+            saved_tokens=saved, trims=[_plain(trim) for trim in trims],
+        )  # fmt: skip
+
+    def ended(self, answer: Answer, error: BaseException) -> None:
+        """The call ends without a whole answer: by an error of ours, or because its caller left."""
+        if self._session is None or not self._number:
+            return
+        self._checkpoint(answer)
+        self._end("failed" if isinstance(error, Exception) else "cancelled")
+
+    def _end(self, outcome: str, **what: Any) -> None:
+        assert self._session is not None
+        self._session.finish(self._number, outcome, attempts=self._attempts, **what)
+        self._number = 0
+
+    def _checkpoint(self, answer: Answer) -> None:
+        if self._session is not None and self._number and answer.tokens:
+            self._session.checkpoint(self._number, answer.as_record(), self._request)
+            self._request = None  # once is enough
+
+
+def _plain(trim: events.Trimmed) -> dict[str, Any]:
+    return {field.name: getattr(trim, field.name) for field in dataclasses.fields(trim) if field.name != "call"}

@@ -1,0 +1,122 @@
+"""The command ``metagpt-localllm runs``: what is in the journal, and going on with it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from metagpt_localllm.journal import Journal, RunRecord
+from metagpt_localllm.session import VARIABLE, is_alive
+from metagpt_localllm.settings import JournalSettings
+from metagpt_localllm.state import state_at
+
+__all__ = ["runs"]
+
+_PATH: str = JournalSettings.model_fields["path"].default
+
+
+@click.group(invoke_without_command=True)
+@click.option("--path", default=_PATH, show_default=True, help="The state file (llm.local.journal.path).")
+@click.pass_context
+def runs(context: click.Context, path: str) -> None:
+    """List, show, resume and forget the runs of MetaGPT that were recorded."""
+    context.obj = path
+    if context.invoked_subcommand is None:
+        context.invoke(list_runs)
+
+
+def _journal(context: click.Context) -> Journal:
+    return Journal(state_at(context.obj))
+
+
+def _folder(context: click.Context) -> Path:
+    return state_at(context.obj).path.parent / "runs"
+
+
+def _found(context: click.Context, run: str) -> RunRecord:
+    found = _journal(context).run(run)
+    if found is None:
+        raise click.ClickException(f"there is no run '{run}'; metagpt-localllm runs lists them")
+    return found
+
+
+def _how(context: click.Context, run: RunRecord) -> str:
+    """How it stands: a run that nobody works on any more was killed."""
+    if is_alive(_folder(context), run.id):
+        return "running"
+    return "killed" if run.outcome == "running" else run.outcome
+
+
+@runs.command("list")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True)
+@click.pass_context
+def list_runs(context: click.Context, limit: int = 20) -> None:
+    """The latest runs."""
+    found = _journal(context).runs(limit)
+    if not found:
+        click.echo("No runs are recorded yet.")
+    for run in found:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.touched))
+        click.echo(
+            f"{run.id}  {when}  {_how(context, run):<11} {run.calls:>4} calls {run.tokens:>8,} tokens  {_command(run)}"
+        )
+
+
+@runs.command()
+@click.argument("run")
+@click.option("--answers", is_flag=True, help="With the answers.")
+@click.pass_context
+def show(context: click.Context, run: str, answers: bool) -> None:
+    """The calls of a run; RUN is the beginning of its name."""
+    found = _found(context, run)
+    click.echo(f"{found.id}: {_how(context, found)}, in {found.folder}\n{_command(found)}")
+    for call in _journal(context).calls(found.id):
+        tokens = (call.usage or {}).get("completion_tokens") or (call.partial or {}).get("tokens") or 0
+        seconds = f"{call.ended - call.started:.1f} s" if call.ended else ""
+        saved = f", {call.saved_tokens} of them saved" if call.saved_tokens else ""
+        failed = [attempt["error"] for attempt in call.attempts if "error" in attempt]
+        errors = f" after {', '.join(failed)}" if failed else ""
+        click.echo(
+            f"{call.number:>4} {call.outcome:<9} {call.role}/{call.action} {tokens} tokens{saved} {seconds}{errors}"
+        )
+        if answers:
+            click.echo((call.answer or call.partial or {}).get("content", ""))
+
+
+@runs.command()
+@click.argument("run")
+@click.pass_context
+def resume(context: click.Context, run: str) -> None:
+    """Start the command of a run again, where it was started, and go on with it."""
+    found = _found(context, run)
+    if _how(context, found) == "running":
+        raise click.ClickException(f"a process still works on {found.id}")
+    if not Path(found.folder).is_dir():
+        raise click.ClickException(f"the folder {found.folder} is gone")
+    click.echo(f"cd {shlex.quote(found.folder)} && {_command(found)}", err=True)
+    os.chdir(found.folder)
+    os.environ[VARIABLE] = found.id
+    sys.stdout.flush()
+    os.execvp(found.command[0], list(found.command))
+
+
+@runs.command()
+@click.argument("run")
+@click.pass_context
+def forget(context: click.Context, run: str) -> None:
+    """Remove a run with all its answers."""
+    found = _found(context, run)
+    if _how(context, found) == "running":
+        raise click.ClickException(f"a process still works on {found.id}")
+    _journal(context).forget(found.id)
+    state_at(context.obj).close()
+    click.echo(f"{found.id} is forgotten.")
+
+
+def _command(run: RunRecord) -> str:
+    return shlex.join([os.path.basename(run.command[0]), *run.command[1:]])
