@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 from metagpt_localllm.calibration import Calibration, Script, by_script, script_of
+from metagpt_localllm.fingerprint import Part, part_of
 from metagpt_localllm.messages import Message, text_of
 from metagpt_localllm.tokens import MESSAGE_TOKENS, estimate_message, estimate_text
 from metagpt_localllm.trimming import Change
@@ -87,6 +88,7 @@ class Conversation:
     Attributes:
         sent: the messages that go to the server, in order; some may be left out or shortened.
         window: context window in tokens for which it was cut, or None.
+        parts: what each of its messages contributes to a request's fingerprint.
     """
 
     def __init__(self, tools: str, calibration: Calibration, count_text: Callable[[str], int], distrust: float = 1.0) -> None:
@@ -98,6 +100,7 @@ class Conversation:
         self._frame_most = 2 * MESSAGE_TOKENS + 2 * len(tools.encode("utf-8", "replace"))
         self._messages: list[Message] = []  # as they were given
         self._sizes: list[Size] = []
+        self.parts: list[Part] = []
         self._counts: list[float] = []  # tokens of each as it is sent
         self._shared: list[bool] = []  # whether its count is its share of what the server counted
         self._changes: dict[int, Change] = {}
@@ -114,6 +117,7 @@ class Conversation:
         """The conversation that begins with the first ``common`` messages of this one and goes on as ``messages`` does."""
         new = Conversation(self._tools, self._calibration, self._count_text, distrust)
         new._messages, new._sizes = self._messages[:common], self._sizes[:common]
+        new.parts = self.parts[:common]
         new._counts, new._shared = self._counts[:common], self._shared[:common]
         new._frame = self._frame
         if common == len(messages) == len(self._messages):
@@ -146,6 +150,7 @@ class Conversation:
             self._messages.append(_copied(message))
             size = size_of(message, self._count_text)
             self._sizes.append(size)
+            self.parts.append(part_of(message))
             self._counts.append(self._estimate(size))
             self._shared.append(False)
         self._lay_out(start)

@@ -8,13 +8,14 @@ values, and :func:`still_holds` says whether an answer to the one may be given t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
-__all__ = ["Fingerprint", "fingerprint", "still_holds"]
+__all__ = ["Fingerprint", "Part", "fingerprint", "part_of", "still_holds"]
 
 #: Not part of a digest: how the answer is fetched and how long it may be, not what is asked.
 _IGNORED = frozenset({"max_tokens", "max_completion_tokens", "stream", "stream_options", "timeout"})
@@ -83,13 +84,41 @@ class Fingerprint:
     volatile: tuple[str, ...]
 
 
-def fingerprint(body: Mapping[str, Any]) -> Fingerprint:
+@dataclass(frozen=True)
+class Part:
+    """What one message contributes, so that of a long conversation only what is new is looked at."""
+
+    exact: bytes
+    loose: bytes
+    volatile: tuple[str, ...]
+
+
+def fingerprint(body: Mapping[str, Any], parts: Optional[Sequence[Part]] = None) -> Fingerprint:
     """Of a request in OpenAI's form, as MetaGPT gave it.
 
     The order of keys does not matter. ``max_tokens``, ``max_completion_tokens``, ``stream``, ``stream_options`` and
     ``timeout`` are not part of it: a run is to find its answers again when it is resumed with more patience.
+
+    Args:
+        parts: :func:`part_of` each message, where that is known already.
     """
-    text = _text({key: value for key, value in body.items() if key not in _IGNORED})
+    messages = body.get("messages")
+    listed = isinstance(messages, (list, tuple))
+    left_out = {*_IGNORED, "messages"} if listed else _IGNORED
+    head = part_of({key: value for key, value in body.items() if key not in left_out})
+    if parts is None:
+        parts = [part_of(message) for message in messages or ()] if listed else ()
+    exact = hashlib.sha256(b"".join([head.exact, *(part.exact for part in parts)])).hexdigest()
+    volatile = tuple(itertools.chain(head.volatile, *(part.volatile for part in parts if part.volatile)))
+    if not volatile:
+        return Fingerprint(exact, exact, ())
+    loose = hashlib.sha256(b"".join([head.loose, *(part.loose for part in parts)])).hexdigest()
+    return Fingerprint(exact, loose, volatile)
+
+
+def part_of(value: Any) -> Part:
+    """Of one message."""
+    text = _text(value)
     exact = _digest(text)
     found = sorted(
         (match.start(1), match.end(1), kind)
@@ -98,7 +127,7 @@ def fingerprint(body: Mapping[str, Any]) -> Fingerprint:
         for match in pattern.finditer(text)
     )
     if not found:
-        return Fingerprint(exact, exact, ())
+        return Part(exact, exact, ())
     parts, values, end = [], [], 0
     for start, stop, kind in found:
         if start >= end:
@@ -106,7 +135,7 @@ def fingerprint(body: Mapping[str, Any]) -> Fingerprint:
             parts += [text[end:start], f"\x00{kind}\x00"]
             values.append(text[start:stop])
             end = stop
-    return Fingerprint(exact, _digest("".join([*parts, text[end:]])), tuple(values))
+    return Part(exact, _digest("".join([*parts, text[end:]])), tuple(values))
 
 
 def still_holds(answer_text: str, then: Sequence[str], now: Sequence[str]) -> bool:
@@ -160,32 +189,18 @@ def _shows_calendar(answer: str, old: re.Match[str], new: str) -> bool:
     return not told.isdisjoint(zip(numbers, numbers[1:]))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _text(body: dict[str, Any]) -> str:
-    """The request as text: another request, another text. Without NUL."""
-    messages = body.get("messages")
-    if isinstance(messages, list) and set(map(_size, messages)) == {2}:
-        # As nearly all messages are: three times as fast as JSON.
-        try:
-            roles = "\x1e".join([message["role"] for message in messages])
-            contents = "\x1e".join([message["content"] for message in messages])
-        except (KeyError, TypeError):
-            return _canonical(body)
-        breaks = len(messages) - 1
-        if (
-            roles.count("\x1e") == contents.count("\x1e") == breaks
-            and "\x1d" not in roles
-            and "\x00" not in roles + contents
-        ):
-            return "\x1d".join([_canonical({**body, "messages": len(messages)}), roles, contents])
-    return _canonical(body)
-
-
-def _size(message: Any) -> int:
-    return len(message) if isinstance(message, dict) else 0
+def _text(value: Any) -> str:
+    """As text: another value, another text. Without NUL."""
+    if isinstance(value, dict) and len(value) == 2:
+        # As nearly all messages are: three times as fast as JSON, which never begins with this character.
+        role, content = value.get("role"), value.get("content")
+        if isinstance(role, str) and isinstance(content, str) and "\x1d" not in role and "\x00" not in role + content:
+            return f"\x1d{role}\x1d{content}"
+    return _canonical(value)
 
 
 def _canonical(value: Any) -> str:

@@ -60,6 +60,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         _warn_of_misplaced()
         super().__init__(config)
         self._settings: LocalSettings = config.local or LocalSettings()
+        session.check_variable(self._settings.journal)
         self.trims: Sequence[events.Trimmed] = ()
 
     # ------------------------------------------------------------------ what stock sets up eagerly

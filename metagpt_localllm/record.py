@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 from metagpt_localllm import events
 from metagpt_localllm.answer import Answer
-from metagpt_localllm.fingerprint import fingerprint
+from metagpt_localllm.fingerprint import Part, fingerprint
 from metagpt_localllm.journal import CallRecord
 from metagpt_localllm.session import Session
 from metagpt_localllm.tiers import Caller
@@ -31,7 +31,7 @@ class Record:
 
     def __init__(
         self, session: Optional[Session], endpoint: Endpoint, body: Mapping[str, Any], caller: Caller, tier: str,
-        time_scale: float = 1.0,
+        parts: Sequence[Part], time_scale: float = 1.0,
     ) -> None:  # fmt: skip
         self._session = session
         self._every = max(_EVERY / time_scale, _LEAST)
@@ -44,7 +44,7 @@ class Record:
         self._attempts: list[dict[str, Any]] = []
         if session is None:
             return
-        asked, wanted = fingerprint(body), int(body.get("max_tokens") or 0)
+        asked, wanted = fingerprint(body, parts), int(body.get("max_tokens") or 0)
         self._secret = endpoint.api_key
         self._instead, usable = session.recall(asked, wanted)
         self.left = self._instead if usable else None

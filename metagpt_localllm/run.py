@@ -129,8 +129,9 @@ class Run:
         self.request = b""  # the body that the answer answers
         self.saved = 0  # tokens that were not decoded again
         self.record = Record(
-            session_for(settings.journal), endpoint, call.body, call.caller, self.deadlines.tier, self.time_scale
-        )
+            session_for(settings.journal), endpoint, call.body, call.caller, self.deadlines.tier, self.chat.parts,
+            self.time_scale,
+        )  # fmt: skip
         self.trims: list[events.Trimmed] = []
         self.truncated = 0  # times that the server seems to have cut a prompt of this call without a word
         self.first_answer: Optional[Answer] = None  # the one that was thrown away for it

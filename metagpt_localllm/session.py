@@ -30,7 +30,7 @@ from metagpt_localllm.leftovers import Leftovers, without_what_broke_it
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import state_at
 
-__all__ = ["Session", "Start", "broke_off", "command_line", "is_alive", "is_open", "key_of", "session_for", "tell_by"]
+__all__ = ["Session", "Start", "broke_off", "check_variable", "command_line", "is_alive", "is_open", "key_of", "session_for", "tell_by"]
 
 #: Environment variable that overrules ``journal.resume``: auto, ask, never, or the beginning of a run's name.
 VARIABLE = "METAGPT_LOCALLLM_RESUME"
@@ -280,6 +280,17 @@ def session_for(settings: JournalSettings) -> Optional[Session]:
             folder = state.path.parent / "runs"
             _sessions[key] = Session(Journal(state), folder, settings, command_line(), _log_to[0], asker())
     return _sessions[key] if _sessions[key].process == os.getpid() else None
+
+
+def check_variable(settings: JournalSettings) -> None:
+    """Refuses a METAGPT_LOCALLLM_RESUME that names no run.
+
+    Raises:
+        ValueError: that.
+    """
+    how = os.environ.get(VARIABLE, "")
+    if settings.enabled and how not in ("", "auto", "ask", "never") and Journal(state_at(settings.path)).run(how) is None:
+        raise ValueError(f"{VARIABLE} is '{how}': there is no such run; metagpt-localllm runs lists them")
 
 
 def is_open(settings: JournalSettings) -> bool:
