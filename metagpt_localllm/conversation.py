@@ -110,6 +110,7 @@ class Conversation:
         self.sent: list[Message] = []
         self._positions: list[int] = []  # of those sent
         self.window: Optional[int] = None
+        self._origin: tuple[Optional[Conversation], int] = None, 0  # what it goes on with, and how far
 
     # ------------------------------------------------------------------ growing
 
@@ -125,9 +126,11 @@ class Conversation:
         elif common >= _SAME:
             # What is the latest message now, with its tool call, was not that then.
             end = min(common, _start_of_latest(messages))
-            new._changes = {i: change for i, change in self._changes.items() if i < end}
-        new._saved = {i: self._saved[i] for i in new._changes}
-        lost = self._changes.keys() - new._changes.keys()
+            whole = max(self._changes, default=-1) < end
+            new._changes = dict(self._changes) if whole else {i: c for i, c in self._changes.items() if i < end}
+        kept = len(new._changes) == len(self._changes)
+        new._saved = dict(self._saved) if kept else {i: self._saved[i] for i in new._changes}
+        lost = set() if kept else self._changes.keys() - new._changes.keys()
         for i in lost:
             new._restore(i, common)
         new.window = self.window if new._changes else None
@@ -323,19 +326,26 @@ class Conversations:
                 same = _common(earlier._messages, messages)
                 if same > common:
                     best, common = earlier, same
-        return best.grown(messages, common, distrust)
+        conversation = best.grown(messages, common, distrust)
+        conversation._origin = best, common
+        return conversation
 
     def forget(self) -> None:
         self._kept.clear()
 
     def keep(self, conversation: Conversation) -> None:
         """Remembers it instead of those that it goes on with, but for their last messages."""
-        messages = conversation._messages
-        self._kept = [
-            earlier for earlier in self._kept
-            if earlier is not conversation
-            and (earlier._tools != conversation._tools or not _goes_on_with(earlier._messages, messages))
-        ][-_REMEMBERED + 1 :]  # fmt: skip
+        messages, (origin, known) = conversation._messages, conversation._origin
+        conversation._origin = None, 0
+
+        def is_superseded(earlier: Conversation) -> bool:
+            if earlier is conversation or earlier._tools != conversation._tools:
+                return earlier is conversation
+            length = len(earlier._messages)
+            common = known if earlier is origin else _common(earlier._messages, messages)
+            return common == length or common >= max(length - _TRANSIENT, _SAME)
+
+        self._kept = [earlier for earlier in self._kept if not is_superseded(earlier)][-_REMEMBERED + 1 :]
         self._kept.append(conversation)
 
 
@@ -343,11 +353,6 @@ def _common(one: Sequence[Message], other: Sequence[Message]) -> int:
     """How many messages both begin with."""
     differ = map(operator.ne, one, other)
     return next(itertools.compress(itertools.count(), differ), min(len(one), len(other)))
-
-
-def _goes_on_with(earlier: Sequence[Message], messages: Sequence[Message]) -> bool:
-    common = _common(earlier, messages)
-    return common == len(earlier) or common >= max(len(earlier) - _TRANSIENT, _SAME)
 
 
 def _start_of_latest(messages: Sequence[Message]) -> int:

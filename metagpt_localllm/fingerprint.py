@@ -108,11 +108,11 @@ def fingerprint(body: Mapping[str, Any], parts: Optional[Sequence[Part]] = None)
     head = part_of({key: value for key, value in body.items() if key not in left_out})
     if parts is None:
         parts = [part_of(message) for message in messages or ()] if listed else ()
-    exact = hashlib.sha256(b"".join([head.exact, *(part.exact for part in parts)])).hexdigest()
-    volatile = tuple(itertools.chain(head.volatile, *(part.volatile for part in parts if part.volatile)))
+    exact = hashlib.sha256(head.exact + b"".join([part.exact for part in parts])).hexdigest()
+    volatile = tuple(itertools.chain(head.volatile, *[part.volatile for part in parts if part.volatile]))
     if not volatile:
         return Fingerprint(exact, exact, ())
-    loose = hashlib.sha256(b"".join([head.loose, *(part.loose for part in parts)])).hexdigest()
+    loose = hashlib.sha256(head.loose + b"".join([part.loose for part in parts])).hexdigest()
     return Fingerprint(exact, loose, volatile)
 
 
