@@ -30,6 +30,7 @@ from metagpt_localllm.journal import CallRecord
 from metagpt_localllm.lifecycle import BackOff, GiveUp, SendAgain, WaitForServer
 from metagpt_localllm.run import Call, Prompt, Run
 from metagpt_localllm.servers import Identified
+from metagpt_localllm.servers.base import positive
 from metagpt_localllm.session import is_open, session_for
 from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.truncation import learn, learn_count, unmask
@@ -245,11 +246,10 @@ def _learn_speed(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
         return
     now = anyio.current_time()
     told = run.server.timings({"usage": answer.usage, "timings": answer.timings})
-    counted = (answer.usage or {}).get("prompt_tokens")
     decoding = life.first_token_at is not None and life.last_token_at is not None
     run.history.record(
         latency.Sample(
-            prompt_tokens=counted if isinstance(counted, int) and counted > 0 else prompt.tokens,
+            prompt_tokens=positive((answer.usage or {}).get("prompt_tokens")) or prompt.tokens,
             cached_tokens=told.cached_tokens,
             shared_tokens=run.shared_tokens,
             ttft=life.ttft,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, Literal, NoReturn, Optional, Sequence
 
@@ -13,7 +12,7 @@ from metagpt_localllm.conversation import Conversation
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.messages import Message, largest_text, with_text
 from metagpt_localllm.policies import Policy, named, of_compress_type
-from metagpt_localllm.run import Call, Prompt, Run
+from metagpt_localllm.run import Call, Prompt, Run, encoded
 from metagpt_localllm.servers import Server
 from metagpt_localllm.shortening import shorten
 from metagpt_localllm.trimming import Trimmed, trim
@@ -95,8 +94,7 @@ async def prepare(run: Run) -> Prompt:
     body["stream"] = True
     if not servers.is_strict(call.endpoint):
         body.update(server.extras())
-    content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
-    return Prompt(content, chat.sent, chat.counts(), chat.tokens, body["max_tokens"], wanted, window, chat.changed)
+    return Prompt(encoded(body), chat.sent, chat.counts(), chat.tokens, body["max_tokens"], wanted, window, chat.changed)
 
 
 async def _has_grown(run: Run, window: int) -> bool:

@@ -11,7 +11,7 @@ import httpx
 from metagpt_localllm import errors, failures, servers
 from metagpt_localllm.answer import Answer, may_continue
 from metagpt_localllm.failures import Failure, Kind
-from metagpt_localllm.run import Run
+from metagpt_localllm.run import Run, encoded
 
 __all__ = ["Begun", "begin", "has_gained", "with_limit"]
 
@@ -61,8 +61,7 @@ async def begin(run: Run) -> Union[Begun, Failure, None]:
         )  # fmt: skip
     if request is None:
         return None
-    content = json.dumps(request, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
-    return Begun(content, Answer.begun(text, tokens, server.repeats, shown=answer.content))
+    return Begun(encoded(request), Answer.begun(text, tokens, server.repeats, shown=answer.content))
 
 
 def with_limit(request: bytes, max_tokens: int) -> bytes:
@@ -71,7 +70,7 @@ def with_limit(request: bytes, max_tokens: int) -> bytes:
         body = json.loads(request)
     except ValueError:
         return request
-    return json.dumps({**body, "max_tokens": max_tokens}, ensure_ascii=False).encode("utf-8", "replace")
+    return encoded({**body, "max_tokens": max_tokens})
 
 
 def _body(run: Run) -> Mapping[str, Any]:

@@ -165,6 +165,11 @@ class Conversation:
                 self.sent.append(message)
                 self._positions.append(position)
 
+    def _lay_out_anew(self) -> None:
+        self.sent, self._positions = [], []
+        self._known = self._known_tokens = 0
+        self._lay_out(0)
+
     def _estimate(self, size: Size) -> float:
         return (self._calibration.upper(size.parts) + size.images) * self._distrust
 
@@ -284,9 +289,7 @@ class Conversation:
             self._saved[position] = self._saved.get(position, 0.0) + saved
         self._changes.update(changes)
         self.window = window
-        self.sent, self._positions = [], []
-        self._known = self._known_tokens = 0
-        self._lay_out(0)
+        self._lay_out_anew()
 
     def _restore(self, position: int, length: int) -> None:
         """Counts the message at ``position`` as it was given."""
@@ -303,9 +306,7 @@ class Conversation:
         self._changes.clear()
         self._saved.clear()
         self.window = None
-        self.sent, self._positions = [], []
-        self._known = self._known_tokens = 0
-        self._lay_out(0)
+        self._lay_out_anew()
 
 
 class Conversations:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, NoReturn, Optional, Sequence
+from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
 
 import anyio
 import httpx
@@ -30,7 +31,7 @@ from metagpt_localllm.tokenizer_file import load_tokenizer
 from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.transport import Endpoint
 
-__all__ = ["Call", "Prompt", "Run", "request_to"]
+__all__ = ["Call", "Prompt", "Run", "encoded", "request_to"]
 
 #: The time-out that counts for a deadline that has none of its own.
 _ENDED_BY = {"progress": "first_token"}
@@ -195,6 +196,11 @@ class Run:
             attempts=life.attempt,
             setting=failure.setting,
         ) from failure.cause
+
+
+def encoded(body: Mapping[str, Any]) -> bytes:
+    """A request's body as it is sent."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
 
 
 def request_to(endpoint: Endpoint) -> httpx.Request:

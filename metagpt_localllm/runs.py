@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from metagpt_localllm.journal import Journal, RunRecord
-from metagpt_localllm.session import VARIABLE, is_alive
+from metagpt_localllm.session import VARIABLE, is_alive, locks_of
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import state_at
 
@@ -35,13 +35,21 @@ def _journal(context: click.Context) -> Journal:
 
 
 def _folder(context: click.Context) -> Path:
-    return state_at(context.obj).path.parent / "runs"
+    return locks_of(state_at(context.obj))
 
 
 def _found(context: click.Context, run: str) -> RunRecord:
     found = _journal(context).run(run)
     if found is None:
         raise click.ClickException(f"there is no run '{run}'; metagpt-localllm runs lists them")
+    return found
+
+
+def _idle(context: click.Context, run: str) -> RunRecord:
+    """The run, on which no process works."""
+    found = _found(context, run)
+    if _how(context, found) == "running":
+        raise click.ClickException(f"a process still works on {found.id}")
     return found
 
 
@@ -93,9 +101,7 @@ def show(context: click.Context, run: str, answers: bool) -> None:
 @click.pass_context
 def resume(context: click.Context, run: str) -> None:
     """Start the command of a run again, where it was started, and go on with it."""
-    found = _found(context, run)
-    if _how(context, found) == "running":
-        raise click.ClickException(f"a process still works on {found.id}")
+    found = _idle(context, run)
     if not Path(found.folder).is_dir():
         raise click.ClickException(f"the folder {found.folder} is gone")
     click.echo(f"cd {shlex.quote(found.folder)} && {_command(found)}", err=True)
@@ -110,9 +116,7 @@ def resume(context: click.Context, run: str) -> None:
 @click.pass_context
 def forget(context: click.Context, run: str) -> None:
     """Remove a run with all its answers."""
-    found = _found(context, run)
-    if _how(context, found) == "running":
-        raise click.ClickException(f"a process still works on {found.id}")
+    found = _idle(context, run)
     _journal(context).forget(found.id)
     state_at(context.obj).close()
     click.echo(f"{found.id} is forgotten.")

@@ -28,9 +28,9 @@ from metagpt_localllm.fingerprint import Fingerprint
 from metagpt_localllm.journal import CallRecord, Journal, RunRecord, new_id
 from metagpt_localllm.leftovers import Leftovers, without_what_broke_it
 from metagpt_localllm.settings import JournalSettings
-from metagpt_localllm.state import state_at
+from metagpt_localllm.state import State, state_at
 
-__all__ = ["Session", "Start", "broke_off", "check_variable", "command_line", "is_alive", "is_open", "key_of", "session_for", "tell_by"]
+__all__ = ["Session", "Start", "broke_off", "check_variable", "command_line", "is_alive", "is_open", "key_of", "locks_of", "session_for", "tell_by"]
 
 #: Environment variable that overrules ``journal.resume``: auto, ask, never, or the beginning of a run's name.
 VARIABLE = "METAGPT_LOCALLLM_RESUME"
@@ -119,37 +119,35 @@ class Session:
         if how == "never":
             return None
         if how not in ("auto", "ask"):
-            named = self._journal.run(how)
-            if named is None:
-                raise ValueError(f"{VARIABLE} is '{how}': there is no such run; metagpt-localllm runs lists them")
-            candidates = [named]
+            candidates = [_named(self._journal, how)]
         else:
             candidates = self._journal.latest(key_of(self._start)) if self._start.repeatable else []
-        found: list[tuple[int, RunRecord, Sequence[CallRecord]]] = []
+        found: list[tuple[Leftovers, RunRecord, Sequence[CallRecord]]] = []
         for run in candidates:
             if how in ("auto", "ask") and (run.outcome == "done" or time.time() - run.touched > settings.keep.age):
                 break  # what came before a run that ended well is over
             calls: Sequence[CallRecord] = () if is_alive(self._folder, run.id) else self._journal.calls(run.id)
-            count = Leftovers(without_what_broke_it(calls, run.outcome)).count
-            if count:
-                found.append((count, run, calls))
+            useful = without_what_broke_it(calls, run.outcome)
+            left = Leftovers(useful)
+            if left.count:
+                found.append((left, run, calls[len(useful) :]))
+        if not found:
+            return None
         # A short one that was begun later by mistake does not hide it; of equals the newest.
-        for count, run, calls in sorted(found, key=lambda one: -one[0])[:1]:
-            if not self._wished(run, count, how) or not self._hold(run.id):
-                continue
-            if self._journal.adopt(run.id, str(self.process), run.resumed):
-                self._take_over(run, calls)
-                return run.id
+        left, run, broken = max(found, key=lambda one: one[0].count)
+        if not self._wished(run, left.count, how) or not self._hold(run.id):
+            return None
+        if not self._journal.adopt(run.id, str(self.process), run.resumed):
             self._release()
-        return None
+            return None
+        self._take_over(run, left, broken)
+        return run.id
 
-    def _take_over(self, run: RunRecord, calls: Sequence[CallRecord]) -> None:
-        useful = without_what_broke_it(calls, run.outcome)
-        self._number, self._left = self._journal.last_number(run.id), Leftovers(useful)
-        for call in calls[len(useful) :]:
+    def _take_over(self, run: RunRecord, left: Leftovers, broken: Sequence[CallRecord]) -> None:
+        self._number, self._left = self._journal.last_number(run.id), left
+        for call in broken:
             self._journal.supersede(run.id, call.number)
-        again = len(calls) - len(useful)
-        more = f", but for its last {again}, of which MetaGPT could make nothing" if again else ""
+        more = f", but for its last {len(broken)}, of which MetaGPT could make nothing" if broken else ""
         self._tell(
             f"{_described(run, self._left.count)} goes on: what it has answered is not computed again{more}. "
             f"{VARIABLE}=never starts afresh."
@@ -188,8 +186,9 @@ class Session:
 
     def _tidy(self, settings: JournalSettings) -> None:
         """Removes what is too old, and the locks of runs that were killed."""
-        alive = {path.stem for path in self._folder.glob("*.lock") if path.stem == self.id or is_alive(self._folder, path.stem)}
-        self._journal.prune(settings.keep.age / 86400, settings.keep.size / 1e6, lambda run: run.id in alive or run.id == self.id)
+        others = (path.stem for path in self._folder.glob("*.lock") if path.stem != self.id)
+        alive = {self.id, *(run for run in others if is_alive(self._folder, run))}
+        self._journal.prune(settings.keep.age / 86400, settings.keep.size / 1e6, lambda run: run.id in alive)
 
     # ------------------------------------------------------------------ its calls
 
@@ -277,8 +276,7 @@ def session_for(settings: JournalSettings) -> Optional[Session]:
         if key not in _sessions:
             if multiprocessing.parent_process() is not None:
                 return None
-            folder = state.path.parent / "runs"
-            _sessions[key] = Session(Journal(state), folder, settings, command_line(), _log_to[0], asker())
+            _sessions[key] = Session(Journal(state), locks_of(state), settings, command_line(), _log_to[0], asker())
     return _sessions[key] if _sessions[key].process == os.getpid() else None
 
 
@@ -289,8 +287,8 @@ def check_variable(settings: JournalSettings) -> None:
         ValueError: that.
     """
     how = os.environ.get(VARIABLE, "")
-    if settings.enabled and how not in ("", "auto", "ask", "never") and Journal(state_at(settings.path)).run(how) is None:
-        raise ValueError(f"{VARIABLE} is '{how}': there is no such run; metagpt-localllm runs lists them")
+    if settings.enabled and how not in ("", "auto", "ask", "never"):
+        _named(Journal(state_at(settings.path)), how)
 
 
 def is_open(settings: JournalSettings) -> bool:
@@ -298,9 +296,22 @@ def is_open(settings: JournalSettings) -> bool:
     return not settings.enabled or str(state_at(settings.path).path) in _sessions
 
 
+def _named(journal: Journal, how: str) -> RunRecord:
+    """The run that the environment variable names."""
+    run = journal.run(how)
+    if run is None:
+        raise ValueError(f"{VARIABLE} is '{how}': there is no such run; metagpt-localllm runs lists them")
+    return run
+
+
 def _described(run: RunRecord, count: int) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.touched))
     return f"The run of this command that was left unfinished on {when} ({run.id}, {count} answers)"
+
+
+def locks_of(state: State) -> Path:
+    """The folder of the locks of the runs in a state file."""
+    return state.path.parent / "runs"
 
 
 def _lock_of(folder: Path, run: str) -> Path:
@@ -332,10 +343,9 @@ def ask_on_terminal(question: str) -> bool:
         return False
 
 
-def asker(streams: Sequence[Any] = ()) -> Optional[Callable[[str], bool]]:
+def asker() -> Optional[Callable[[str], bool]]:
     """:func:`ask_on_terminal` where there is one."""
-    streams = streams or (sys.stdin, sys.stdout)
     try:
-        return ask_on_terminal if all(stream.isatty() for stream in streams) else None
+        return ask_on_terminal if sys.stdin.isatty() and sys.stdout.isatty() else None
     except (AttributeError, ValueError):
         return None

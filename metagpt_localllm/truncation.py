@@ -16,6 +16,7 @@ from metagpt_localllm import errors, servers
 from metagpt_localllm.context import window_is_a_guess
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.run import Prompt, Run
+from metagpt_localllm.servers.base import positive
 
 __all__ = ["learn", "learn_count", "unmask"]
 
@@ -99,8 +100,7 @@ def _truncated(run: Run, prompt: Prompt, window: int, what: str) -> Failure:
 
 
 def _prompt_tokens(run: Run) -> Optional[int]:
-    told = (run.answer.usage or {}).get("prompt_tokens")
-    return told if isinstance(told, int) and not isinstance(told, bool) and told > 0 else None
+    return positive((run.answer.usage or {}).get("prompt_tokens"))
 
 
 def learn_count(run: Run, prompt: Prompt) -> None:
