@@ -93,7 +93,7 @@ async def _until_whole(run: Run) -> Outcome:
                 break
             except (ValueError, TypeError) as error:
                 failure = broken(f"the answer is no chat completion ({type(error).__name__})")
-        run.record.failed(run.answer, failure.error.__name__, failure.what, life.ttft)
+        run.record.failed(run.answer, failure.error.__name__, failure.what, life.ttft, life.longest_gap)
         step = life.fail(failure, anyio.current_time(), gained=has_gained(run))
         if isinstance(step, GiveUp):
             run.give_up(step.failure)
@@ -126,12 +126,15 @@ async def _until_whole(run: Run) -> Outcome:
     if not run.answer.begun_tokens:
         learn_count(run, prompt)
     usage = outcome.usage
+    answer = run.answer
+    told = run.server.timings({"usage": answer.usage, "timings": answer.timings})
     run.record.done(
-        run.answer, usage.model_dump(), run.trims, saved=run.saved, ttft=life.ttft, timings=run.answer.timings or {}
-    )
+        answer, usage.model_dump(), run.trims, saved=run.saved, ttft=life.ttft, longest_gap=life.longest_gap,
+        timings=answer.timings or {}, cached=told.cached_tokens, queued=life.waited,
+    )  # fmt: skip
     events.publish(
         events.Done(
-            run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(run.answer.finish_reason),
+            run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(answer.finish_reason),
             life.ttft, life.longest_gap, anyio.current_time() - life.started, _cut_by(run, prompt, usage), prompt.changed,
         )
     )  # fmt: skip
@@ -160,7 +163,7 @@ async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
     run.request = run.request if begun is not None else prompt.content
     run.answer, run.death = begun.answer if begun is not None else Answer(), None
     run.history.sent(prompt.messages, prompt.counts)
-    run.record.sent(run.request, deadlines.as_dict())
+    run.record.sent(run.request, deadlines.as_dict(), prompt.tokens)
     failure = await attempt(run, begun.content if begun is not None else prompt.content)
     if begun is None:
         return await unmask(run, prompt, failure)
@@ -173,9 +176,9 @@ async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
 def _replay(run: Run, left: CallRecord) -> Outcome:
     """The answer that an earlier run got for this very request."""
     run.answer = Answer.of_record(left.answer or {})
-    run.record.replayed()
-    run.show(run.answer.content + "\n")
     usage = run.answer.completion_usage(0, 0)
+    run.record.replayed(left.number, usage.completion_tokens)
+    run.show(run.answer.content + "\n")
     events.publish(events.Replayed(run.info, left.number, usage.completion_tokens))
     return replace(_outcome_of(run.answer, run.call.endpoint.model, usage), replayed=True)
 

@@ -18,7 +18,7 @@ from typing import Any, Callable, Hashable, Iterable, Mapping, Optional, Sequenc
 
 from metagpt_localllm.state import State, transaction
 
-__all__ = ["CallRecord", "Journal", "RunRecord", "new_id"]
+__all__ = ["CallRecord", "Journal", "Replay", "RunRecord", "new_id"]
 
 T = TypeVar("T")
 Json = Mapping[str, Any]
@@ -61,6 +61,10 @@ class CallRecord:
         volatile: what that was.
         outcome: running, done, failed or cancelled.
         wanted_tokens: that it might decode at most.
+        attempts: one mapping each: ``at``, ``prompt_tokens`` (may be an estimate), ``deadlines`` (seconds by name), and of
+            one that has ended ``ended``, ``tokens``, ``ttft``, ``longest_gap``, and where it failed ``error`` and ``detail``.
+        cached_tokens: of the prompt that came from the server's prefix cache; None where it does not say.
+        queued: seconds that it waited for its turn on our side.
         answer: whole; any JSON, as all that follows.
         partial: what was received of it, as long as there is no whole one.
         request: the body as it was sent, likewise.
@@ -91,7 +95,19 @@ class CallRecord:
     attempts: Sequence[Any] = field(default_factory=list)
     trims: Sequence[Any] = field(default_factory=list)
     saved_tokens: int = 0
+    cached_tokens: Optional[int] = None
+    queued: float = 0.0
     superseded: bool = False
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The answer of a call that was given again: ``tokens`` that were not decoded again, ``at`` in seconds since 1970."""
+
+    run: str
+    number: int
+    at: float
+    tokens: int
 
 
 _OF_CALL = {known.name for known in fields(CallRecord)}
@@ -159,6 +175,36 @@ class Journal:
                     if crc == _crc(run, number, kind, body):
                         drafts.setdefault(number, {})[kind] = body
             return self._whole(rows, lambda row: _call(row, drafts.get(row[1], {})))
+
+        return self._state.read(query, [])
+
+    def recorded(self, run: Optional[str] = None, since: float = 0.0) -> list[tuple[str, CallRecord]]:
+        """The calls of all runs, or of one, each with the id of its run; for statistics, hence without what was answered.
+
+        Superseded ones are among them: they took their time, too. The checksum is not looked at, which would take the answers.
+
+        Args:
+            since: those that began later, in seconds since 1970.
+        """
+
+        def query(database: sqlite3.Connection) -> list[tuple[str, CallRecord]]:
+            asked, values = ("WHERE run = ?", [run]) if run is not None else ("", [])
+            rows = database.execute(
+                f"SELECT run, number, digest, outcome, superseded, about FROM calls {asked} ORDER BY run, number", values
+            ).fetchall()
+            found = self._whole(rows, lambda row: (str(row[0]), _about(row[1:])))
+            return [one for one in found if one[1].started >= since]
+
+        return self._state.read(query, [])
+
+    def replays(self, run: Optional[str] = None, since: float = 0.0) -> list[Replay]:
+        """The answers of all runs, or of one, that were given again, in the order of time."""
+
+        def query(database: sqlite3.Connection) -> list[Replay]:
+            rows = database.execute(
+                "SELECT run, number, at, tokens FROM replays WHERE run = ifnull(?, run) AND at >= ? ORDER BY at", (run, since)
+            )
+            return [Replay(*row) for row in rows.fetchall()]
 
         return self._state.read(query, [])
 
@@ -333,6 +379,11 @@ class Journal:
 
         self._write(run, job)
 
+    def replayed(self, run: str, number: int, tokens: int) -> None:
+        """The answer of a call, of so many tokens, was given again instead of being computed."""
+        row = run, number, time.time(), tokens
+        self._write(run, lambda database: _insert_replay(database, row))
+
     def supersede(self, run: str, number: int) -> None:
         """Another call has taken the place of this one."""
         key = run, number
@@ -392,17 +443,18 @@ def _call(row: Sequence[Any], draft: Mapping[str, bytes] = MappingProxyType({}))
     run, number, digest, outcome, superseded, about, answer, crc = row
     if crc != _crc(run, number, digest, outcome, about, answer):
         raise ValueError(f"wrong checksum of call {number} of {run}")
-    more = {name: value for name, value in _load(about).items() if name in _OF_CALL}
-    return CallRecord(
-        number=number,
-        digest=digest,
-        outcome=outcome,
-        superseded=bool(superseded),
+    return replace(
+        _about((number, digest, outcome, superseded, about)),
         answer=None if answer is None else _load(answer),
         partial=_load(draft["partial"]) if "partial" in draft else None,
         request=zlib.decompress(draft["request"]) if "request" in draft else None,
-        **more,
     )
+
+
+def _about(row: Sequence[Any]) -> CallRecord:
+    number, digest, outcome, superseded, about = row
+    more = {name: value for name, value in _load(about).items() if name in _OF_CALL}
+    return CallRecord(number=number, digest=digest, outcome=outcome, superseded=bool(superseded), **more)
 
 
 def _put_run(database: sqlite3.Connection, run: RunRecord) -> None:
@@ -442,6 +494,10 @@ def _put_draft(
             database.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?, ?, ?)", row)
 
 
+def _insert_replay(database: sqlite3.Connection, row: tuple[str, int, float, int]) -> None:
+    database.execute("INSERT INTO replays VALUES (?, ?, ?, ?)", row)
+
+
 def _count(database: sqlite3.Connection, run: str, calls: int, tokens: int) -> None:
     database.execute("UPDATE runs SET calls = calls + ?, tokens = tokens + ? WHERE id = ?", (calls, tokens, run))
 
@@ -457,6 +513,7 @@ def _remove(database: sqlite3.Connection, run: str, touched: Optional[float] = N
     if gone:
         database.execute("DELETE FROM calls WHERE run = ?", (run,))
         database.execute("DELETE FROM drafts WHERE run = ?", (run,))
+        database.execute("DELETE FROM replays WHERE run = ?", (run,))
     return gone > 0
 
 

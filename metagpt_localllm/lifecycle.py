@@ -114,6 +114,7 @@ class CallLife:
         self.call_end = now + call_timeout if call_timeout else float("inf")
         self.last_token_at: Optional[float] = None
         self.longest_gap = 0.0
+        self.waited = 0.0  # for its turns on our side
         self._alive_at = now
         self._waiting_since: Optional[float] = None
         self._processed = -1
@@ -145,6 +146,7 @@ class CallLife:
         """The call has waited for its turn on our side: that counts against no deadline."""
         self.call_end += seconds
         self.started += seconds
+        self.waited += seconds
 
     def send(self, now: float, deadlines: Optional[Deadlines] = None) -> None:
         """A request goes out."""

@@ -64,17 +64,18 @@ class Record:
         """The beginning of an answer that an earlier run has left, with the request that it answers."""
         return self.left if self.left is not None and self.left.outcome != "done" else None
 
-    def replayed(self) -> None:
+    def replayed(self, number: int, tokens: int) -> None:
+        """The answer is given again that call ``number`` got."""
         if self._session is not None:
-            self._session.replayed()
+            self._session.replayed(number, tokens)
 
-    def sent(self, request: bytes, deadlines: Mapping[str, float]) -> None:
+    def sent(self, request: bytes, deadlines: Mapping[str, float], prompt_tokens: int) -> None:
         """An attempt begins; ``request``: the body that the whole answer answers."""
         if self._session is None:
             return
         self._request = request
         self._saved_at = time.monotonic()
-        self._attempts.append({"at": time.time(), "deadlines": dict(deadlines)})
+        self._attempts.append({"at": time.time(), "prompt_tokens": prompt_tokens, "deadlines": dict(deadlines)})
         if not self._number:
             self._number = self._session.begin(self._call, self._instead)
 
@@ -85,27 +86,33 @@ class Record:
             self._saved_at = now
             self._checkpoint(answer)
 
-    def failed(self, answer: Answer, error: str, detail: str, ttft: Optional[float]) -> None:
+    def failed(self, answer: Answer, error: str, detail: str, ttft: Optional[float], longest_gap: float) -> None:
         """An attempt failed; what has come of the answer is kept."""
         if self._session is None or not self._attempts:
             return
         if len(self._secret) > 3:  # a server may quote it
             detail = detail.replace(self._secret, "…")
-        self._attempts[-1].update(error=error, detail=detail, ttft=ttft, tokens=answer.tokens, ended=time.time())
+        self._attempts[-1].update(error=error, detail=detail, **_how_it_went(answer, ttft, longest_gap))
         self._checkpoint(answer)
 
     def done(
         self, answer: Answer, usage: Mapping[str, Any], trims: list[events.Trimmed], *, saved: int, ttft: Optional[float],
-        timings: Mapping[str, Any],
+        longest_gap: float, timings: Mapping[str, Any], cached: Optional[int], queued: float,
     ) -> None:  # fmt: skip
-        """The answer is whole. ``saved``: tokens of it that were not decoded again."""
+        """The answer is whole.
+
+        Args:
+            saved: tokens of it that were not decoded again.
+            cached: tokens of the prompt that the server had in its cache, where it says.
+            queued: seconds that the call waited for its turn.
+        """
         if self._session is None or not self._number:
             return
         if self._attempts:
-            self._attempts[-1].update(ttft=ttft, tokens=answer.tokens, ended=time.time())
+            self._attempts[-1].update(_how_it_went(answer, ttft, longest_gap))
         self._end(
             "done", answer=answer.as_record(), finish_reason=answer.finish_reason, usage=usage, timings=timings,
-            saved_tokens=saved, trims=[_plain(trim) for trim in trims],
+            saved_tokens=saved, trims=[_plain(trim) for trim in trims], cached_tokens=cached, queued=queued,
         )  # fmt: skip
 
     def ended(self, answer: Answer, error: BaseException) -> None:
@@ -124,6 +131,10 @@ class Record:
         if self._session is not None and self._number and answer.tokens:
             self._session.checkpoint(self._number, answer.as_record(), self._request)
             self._request = None  # once is enough
+
+
+def _how_it_went(answer: Answer, ttft: Optional[float], longest_gap: float) -> dict[str, Any]:
+    return {"ttft": ttft, "longest_gap": longest_gap, "tokens": answer.tokens, "ended": time.time()}
 
 
 def _plain(trim: events.Trimmed) -> dict[str, Any]:

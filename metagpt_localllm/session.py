@@ -224,8 +224,10 @@ class Session:
         self.broken_off = False
         self._journal.end_call(self.id, number, outcome, **what)
 
-    def replayed(self) -> None:
+    def replayed(self, number: int, tokens: int) -> None:
+        """An answer of so many tokens was given again."""
         self._last = "done"
+        self._journal.replayed(self.id, number, tokens)
 
     # ------------------------------------------------------------------ its end
 

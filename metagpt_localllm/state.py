@@ -23,7 +23,7 @@ from typing import Any, Callable, Hashable, Iterator, Literal, Mapping, Optional
 __all__ = ["State", "state_at", "transaction"]
 
 #: Version of the tables. A file of an older one is brought forward by MIGRATIONS, one step each.
-_VERSION = 2
+_VERSION = 3
 _MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE samples (
@@ -72,6 +72,15 @@ _MIGRATIONS: tuple[str, ...] = (
         crc INTEGER NOT NULL,
         PRIMARY KEY (run, number, kind)
     );
+    """,
+    """
+    CREATE TABLE replays (         -- answers that were given again
+        run TEXT NOT NULL,
+        number INTEGER NOT NULL,   -- of the call
+        at REAL NOT NULL,          -- seconds since 1970
+        tokens INTEGER NOT NULL    -- that were not decoded again
+    );
+    CREATE INDEX replays_of ON replays (run);
     """,
 )
 #: Samples kept of each server and model: enough for a quantile of 0.99, few enough to be read at every start.

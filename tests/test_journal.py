@@ -521,9 +521,9 @@ def test_a_home_that_is_read_only_can_be_read(mounted, warnings):
 def test_a_file_of_a_newer_release_is_left_alone(journal, state, warnings):
     state.path.parent.mkdir()
     with contextlib.closing(sqlite3.connect(state.path)) as database:
-        database.execute("PRAGMA user_version = 3")
+        database.execute("PRAGMA user_version = 99")
     before = state.path.read_bytes()
-    goes_on(journal, state, warnings, "newer metagpt-localllm (version 3")
+    goes_on(journal, state, warnings, "newer metagpt-localllm (version 99")
     assert state.path.read_bytes() == before
 
 
@@ -682,3 +682,32 @@ def test_of_a_run_with_a_damaged_answer_the_others_are_there(journal, state, war
     state.write(lambda database: database.execute("UPDATE calls SET answer = ? WHERE number = 2", bad) and None)
     assert state.flush(10)
     assert contents(journal) == ["1", "3"] and len(warnings) == 1 and "call 2" in warnings[0]
+
+
+def test_what_statistics_need_is_read_without_the_answers(journal, state):
+    for run in ("r1", "r2"):
+        journal.begin_run(a_run(run))
+        record(journal, run, 1, "one")
+    journal.begin_call("r1", replace(a_call(2), started=2000.0))
+    journal.end_call("r1", 2, "failed", attempts=[{"error": "TotalTimeout"}], queued=3.0)
+    journal.supersede("r1", 1)
+    assert journal.flush()
+    assert [(run, call.number, call.superseded) for run, call in journal.recorded()] == [
+        ("r1", 1, True), ("r1", 2, False), ("r2", 1, False),
+    ]  # fmt: skip
+    (found,) = journal.recorded("r1", since=1500.0)
+    assert found[1].outcome == "failed" and found[1].attempts == [{"error": "TotalTimeout"}] and found[1].queued == 3.0
+    assert all(call.answer is None for _, call in journal.recorded())
+
+
+def test_answers_that_were_given_again_are_counted_and_go_with_their_run(journal):
+    for run in ("r1", "r2"):
+        journal.begin_run(a_run(run))
+    journal.replayed("r1", 1, 40)
+    journal.replayed("r2", 7, 2)
+    assert journal.flush()
+    assert [(replay.run, replay.number, replay.tokens) for replay in journal.replays()] == [("r1", 1, 40), ("r2", 7, 2)]
+    assert journal.replays("r1")[0].at == pytest.approx(time.time(), abs=60)
+    assert journal.replays(since=time.time() + 60) == []
+    journal.forget("r1")
+    assert [replay.run for replay in journal.replays()] == ["r2"]

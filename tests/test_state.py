@@ -180,7 +180,7 @@ def test_a_file_of_version_1_is_brought_forward_with_its_samples(state, warnings
     state.close()
     assert state.path.stat().st_size < 200_000
     with closing(sqlite3.connect(state.path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
 
 
 def test_a_job_that_fails_is_undone_and_the_next_is_done(state, warnings):
