@@ -9,17 +9,20 @@ from typing import Optional
 import anyio
 import httpx
 
-from metagpt_localllm import errors, failures, servers
+from metagpt_localllm import errors, events, failures, servers
 from metagpt_localllm.answer import Answer
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import Phase
 from metagpt_localllm.run import Run, request_to
+from metagpt_localllm.servers.base import Progress
 from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from metagpt_localllm.transport import client_for
 from metagpt_localllm.watch import watch
 
 __all__ = ["attempt", "broken"]
 
+#: Seconds without a token after which an answer is said to stall; in scaled time at the least.
+_STALLED, _LEAST_STALLED = 10.0, 0.2
 #: Bytes of an error's body that are read.
 _MAX_ERROR_BYTES = 1 << 20
 
@@ -32,6 +35,7 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
     with anyio.CancelScope(deadline=life.deadline) as scope:
         # A server that has not answered the first question is not asked others: they would only pile up there.
         watcher = None if run.server is servers.UNKNOWN else asyncio.ensure_future(_watch(run, scope))
+        stalls = _TellStalls(run)
         try:
             async with client_for(endpoint).stream(
                 "POST", endpoint.chat_url, content=content, headers=endpoint.headers, timeout=timeout
@@ -48,6 +52,7 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             failure = failures.from_exception(error, endpoint.address, life.tokens > 0)
         finally:
+            stalls.end()
             if watcher is not None:
                 watcher.cancel()
     if scope.cancelled_caught:
@@ -60,15 +65,39 @@ async def _watch(run: Run, scope: anyio.CancelScope) -> None:
     """Looks after a silent server beside the attempt: what proves work extends the deadline, what proves death ends it."""
     life = run.life
 
-    def proof() -> None:
+    def proof(loading: bool) -> None:
         life.work(anyio.current_time())
         scope.deadline = life.deadline
+        if loading and not run.told_loading:
+            run.told_loading = True
+            run.tell_wait("the server loads the model", scope.deadline - anyio.current_time(), loading=True)
 
     def silence() -> float:
         return life.silence(anyio.current_time())
 
     run.death = await watch(run.server, run.call.endpoint, silence, proof, scale=run.time_scale)
     scope.cancel()
+
+
+class _TellStalls:
+    """Tells of an answer that does not go on, every ten seconds as long as that lasts."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._every = max(_STALLED / run.time_scale, _LEAST_STALLED)
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(self._every, self._look)
+
+    def _look(self) -> None:
+        run, now = self._run, self._loop.time()
+        silence = run.life.silence(now) if run.life.phase is Phase.DECODING else 0.0
+        if silence >= self._every:
+            events.publish(events.Stalled(run.info, silence, run.deadlines.stall))
+            silence = 0.0
+        self._timer = self._loop.call_later(self._every - silence, self._look)
+
+    def end(self) -> None:
+        self._timer.cancel()
 
 
 async def _read(response: httpx.Response, limit: int) -> str:
@@ -101,9 +130,9 @@ async def _take_stream(
                 return failure
         if decoder.comments != life.comments:
             life.comments = decoder.comments
-            processed = run.server.progress_of_comment(decoder.comment)
-            if processed is not None:
-                life.progress(processed, now)
+            progress = run.server.progress_of_comment(decoder.comment)
+            if progress is not None:
+                _progress(run, progress, now)
         scope.deadline = life.deadline
     for data in decoder.close():
         if data != b"[DONE]":
@@ -128,15 +157,23 @@ def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Opti
     if is_token:
         life.token(now)
         run.record.received(answer)
+        if events.wanted(events.Token):
+            events.publish(events.Token(run.info, answer.tokens, text))
         if text:
             run.show(text)
     elif life.phase is not Phase.DECODING:
-        processed = run.server.progress(chunk)
-        if processed is not None:
-            life.progress(processed, now)
+        progress = run.server.progress(chunk)
+        if progress is not None:
+            _progress(run, progress, now)
     if answer.finish_reason is not None:
         life.finish(now)
     return None
+
+
+def _progress(run: Run, progress: Progress, now: float) -> None:
+    run.life.progress(progress.processed, now)
+    total = progress.total or run.prompt_tokens
+    events.publish(events.Prefill(run.info, progress.processed, max(progress.processed, total)))
 
 
 def _take_whole(run: Run, text: str, bare: httpx.Response) -> Optional[Failure]:

@@ -99,10 +99,10 @@ async def _until_whole(run: Run) -> Outcome:
             run.give_up(step.failure)
         run.alone = run.alone or failure.alone
         if isinstance(step, BackOff):
-            events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, failure.what, step.delay))
+            run.tell_retry(failure, failure.what, step.delay)
             await anyio.sleep(step.delay)
         elif isinstance(step, WaitForServer):
-            events.publish(events.Waiting(run.info, failure.what, step.until - anyio.current_time()))
+            run.tell_wait(failure.what, step.until - anyio.current_time(), loading=failure.kind is Kind.LOADING)
             if not await servers.wait_until_up(call.endpoint, step.until, step.pause):
                 run.give_up(life.waited_in_vain(failure, anyio.current_time()).failure)
             servers.forget(call.endpoint, restarted=True)
@@ -111,7 +111,7 @@ async def _until_whole(run: Run) -> Outcome:
             prompt = await prepare(run)
         elif isinstance(step, SendAgain):
             what = f"{failure.what}. {failure.remedy}".rstrip(". ")
-            events.publish(events.Retry(run.info, life.attempt, failure.error.__name__, what, 0.0))
+            run.tell_retry(failure, what, 0.0)
             if failure.kind is Kind.STRICT:
                 servers.mark_strict(call.endpoint)
             elif failure.kind is not Kind.CONTINUATION:
@@ -143,7 +143,7 @@ async def _until_whole(run: Run) -> Outcome:
 
 async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
     """One attempt: it goes on with what there is of the answer, or asks for all of it; None when the answer is whole."""
-    life = run.life
+    call, life = run.call, run.life
     deadlines = run.deadlines = run.plan(prompt)
     life.send(anyio.current_time(), deadlines)
     begun = await begin(run)
@@ -151,9 +151,10 @@ async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
         return begun
     events.publish(
         events.Sent(
-            run.info, life.attempt, prompt.tokens, deadlines.first_token, deadlines.stall, deadlines.total, deadlines.why
+            run.info, life.attempt, call.settings.retry.attempts, prompt.tokens, run.expected, deadlines.first_token,
+            deadlines.stall, deadlines.total, deadlines.why,
         )
-    )
+    )  # fmt: skip
     run.saved = 0
     if begun is not None:
         run.saved = begun.answer.begun_tokens
@@ -206,7 +207,7 @@ async def _identify(run: Run) -> Identified:
             run.server = (await servers.identify(call.endpoint, call.settings.server)).server
             if run.server.facts.loaded is False:
                 limit = run.deadlines.total
-                events.publish(events.Waiting(run.info, f"the model {call.endpoint.model} is being loaded", limit))
+                run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
                 await servers.load(run.server, call.endpoint, limit)
                 run.server = (await servers.identify(call.endpoint, call.settings.server)).server
     return identified

@@ -234,7 +234,7 @@ def _table(
             ("answers gone on with", f"{len(continued)}: {sum(event['tokens'] for event in continued):,} tokens saved"),
             ("retries", f"{len(retries)}"),
             ("  of these after a timeout", f"{sum(r['cause'] in timeouts for r in retries)}"),
-            ("waits for the server", f"{kinds.count('Waiting')}"),
+            ("waits for the server", f"{kinds.count('Waiting') + kinds.count('Loading')}"),
             *_against("first token", "ttft", "first_token", done, sent, scale),
             *_against("gap between tokens", "longest_gap", "stall", done, sent, scale),
             *_against("whole answer", "elapsed", "total", done, sent, scale),

@@ -1,19 +1,27 @@
-"""What happens to a call, as typed events for whoever wants to see it: the log, the demo, a UI.
+"""What happens to a call, as typed events for whoever wants to see it: the log, the live lines, a UI.
 
-Nothing in the package prints by itself; it publishes here, and subscribers do as they like.
+Nothing in the package prints by itself; it publishes here, and subscribers do as they like::
+
+    Queued* ─▶ Loading* ─▶ Sent ─▶ Prefill* ─▶ Token* ─▶ Done
+                            ▲         │          │
+                            │         ▼          ▼
+                            └─ Retry | Waiting | Loading | Failed        (Stalled*, Trimmed*, Continued* on the way)
+
+    Replayed                                                             (alone: nothing is sent)
 """
 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Callable, Mapping, Optional, Union
+from typing import Callable, Mapping, Optional, Union, get_args
 
 from metagpt_localllm.tiers import Caller
 
 __all__ = [
-    "CallInfo", "Continued", "Done", "Event", "Failed", "Queued", "Replayed", "Retry", "Sent", "Trimmed", "Waiting", "publish",
-    "subscribe",
+    "KINDS", "CallInfo", "Continued", "Done", "Event", "Failed", "Loading", "Prefill", "Queued", "Replayed", "Retry", "Sent", "Stalled",
+    "Token", "Trimmed", "Waiting", "publish", "subscribe", "wanted",
 ]  # fmt: skip
 
 
@@ -56,14 +64,18 @@ class Sent:
 
     Attributes:
         attempt: counts from 1.
+        attempts: that there may be, of those that bring the answer no further.
         prompt_tokens: may be an estimate.
+        expected: seconds until the first token, by what was learned; None before that.
         first_token, stall, total: its deadlines in seconds.
         why: how those that were learned came about, by name.
     """
 
     call: CallInfo
     attempt: int
+    attempts: int
     prompt_tokens: int
+    expected: Optional[float]
     first_token: float
     stall: float
     total: float
@@ -71,11 +83,44 @@ class Sent:
 
 
 @dataclass(frozen=True)
+class Prefill:
+    """The server has read so many ``processed`` tokens of the ``total`` of the prompt. Only some servers tell."""
+
+    call: CallInfo
+    processed: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """The answer has grown.
+
+    Attributes:
+        tokens: of the answer until now, those included that an earlier attempt has brought.
+        text: what has come; "" for a part of the reasoning or of a tool call.
+    """
+
+    call: CallInfo
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """No token has come for ``silence`` seconds; after ``limit`` the attempt ends. Comes again while it lasts."""
+
+    call: CallInfo
+    silence: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Retry:
-    """An attempt failed and another follows after ``delay`` seconds. ``cause`` names the error class."""
+    """Attempt ``attempt`` failed and another follows after ``delay`` seconds. ``cause`` names the error class."""
 
     call: CallInfo
     attempt: int
+    attempts: int
     cause: str
     detail: str
     delay: float
@@ -83,11 +128,25 @@ class Retry:
 
 @dataclass(frozen=True)
 class Waiting:
-    """The server is not up, or loads: no attempt is spent. Both in seconds."""
+    """The server is not up, and is waited for, ``limit`` seconds at the most. No attempt is spent."""
 
     call: CallInfo
     cause: str
     limit: float
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The server loads the model, and is waited for, ``limit`` seconds at the most. No attempt is spent.
+
+    Attributes:
+        usual: seconds that it has taken before; None where that was not seen.
+    """
+
+    call: CallInfo
+    cause: str
+    limit: float
+    usual: Optional[float]
 
 
 @dataclass(frozen=True)
@@ -156,37 +215,66 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The call ends without an answer."""
+    """The call ends without an answer.
+
+    Attributes:
+        cause: name of the error class.
+        detail: the whole message of the error.
+        what: what happened, alone.
+        remedy: what helps, in a sentence, or "".
+        setting: path of the setting in config2.yaml that changes it, or "".
+        tokens: of the answer that had come.
+    """
 
     call: CallInfo
     attempts: int
     cause: str
     detail: str
     elapsed: float
+    what: str
+    remedy: str
+    setting: str
+    tokens: int
 
 
-Event = Union[Queued, Sent, Continued, Replayed, Retry, Waiting, Trimmed, Done, Failed]
+Event = Union[
+    Queued, Loading, Sent, Prefill, Token, Stalled, Continued, Replayed, Retry, Waiting, Trimmed, Done, Failed
+]  # fmt: skip
+Callback = Callable[[Event], None]
+#: All kinds of events.
+KINDS: tuple[type[Event], ...] = get_args(Event)
 
-_subscribers: list[Callable[[Event], None]] = []
+_subscribers: defaultdict[type[Event], list[Callback]] = defaultdict(list)
 _log = logging.getLogger(__name__)
 
 
-def subscribe(callback: Callable[[Event], None]) -> Callable[[], None]:
-    """Calls ``callback`` with every event from now on, until the returned function is called.
+def subscribe(callback: Callback, *kinds: type[Event]) -> Callable[[], None]:
+    """Calls ``callback`` with every event of these kinds from now on, until the returned function is called.
 
     It runs on the event loop of the call and must not block. An exception in it harms no call.
+
+    Args:
+        kinds: none for all but :class:`Token`, which comes many times a second and has to be asked for.
     """
-    _subscribers.append(callback)
+    chosen = kinds or tuple(kind for kind in KINDS if kind is not Token)
+    for kind in chosen:
+        _subscribers[kind].append(callback)
 
     def unsubscribe() -> None:
-        if callback in _subscribers:
-            _subscribers.remove(callback)
+        for kind in chosen:
+            if callback in _subscribers[kind]:
+                _subscribers[kind].remove(callback)
 
     return unsubscribe
 
 
+def wanted(kind: type[Event]) -> bool:
+    """Whether anybody would hear of such an event."""
+    return bool(_subscribers.get(kind))
+
+
 def publish(event: Event) -> None:
-    for callback in tuple(_subscribers):
+    for callback in tuple(_subscribers[type(event)]):
         try:
             callback(event)
         except Exception:

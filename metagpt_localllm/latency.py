@@ -335,8 +335,13 @@ class Estimator:
             # One load says little about the next: the file may be in the page cache or not.
             load = max(self._loads) * (1 + 1 / len(self._loads)) if self._loads else _UNKNOWN_LOAD
             why += f" + {_s(load)} to load"
-            expected += sorted(self._loads)[len(self._loads) // 2] if self._loads else _UNKNOWN_LOAD / 2
+            expected += self.usual_load if self.usual_load is not None else _UNKNOWN_LOAD / 2
         return Estimate(prefill + wait + load, expected, _QUANTILE, level.calls, why, in_vain)
+
+    @property
+    def usual_load(self) -> Optional[float]:
+        """Seconds that loading the model has taken, the median of late; None where no load was seen."""
+        return sorted(self._loads)[len(self._loads) // 2] if self._loads else None
 
     def stall(self) -> Optional[Estimate]:
         """The longest silence between two tokens of an answer."""

@@ -289,6 +289,9 @@ def _log(event: events.Event) -> None:
         logger.info(f"{who}: answered from the journal (call {event.number} there, {event.tokens:,} tokens); nothing is sent.")
     elif isinstance(event, events.Retry):
         logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
+    elif isinstance(event, events.Loading):
+        usual = f", usually {event.usual:.0f} s" if event.usual else ""
+        logger.info(f"{who}: {event.cause}. Waiting for it{usual}, {event.limit:.0f} s at the most.")
     elif isinstance(event, events.Waiting):
         logger.warning(f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most.")
     elif isinstance(event, events.Trimmed):

@@ -127,6 +127,9 @@ class Run:
         self.info = CallInfo(next(_numbers), endpoint.model, call.caller, self.deadlines.tier)
         self.answer = Answer()
         self.shared_tokens = 0
+        self.prompt_tokens = 0  # of the attempt that runs
+        self.told_loading = False  # in the attempt that runs
+        self.expected: Optional[float] = None  # seconds until the first token
         self.request = b""  # the body that the answer answers
         self.saved = 0  # tokens that were not decoded again
         self.record = Record(
@@ -144,6 +147,7 @@ class Run:
     def plan(self, prompt: Prompt) -> Deadlines:
         """The deadlines of the next attempt, by what has been learned until now."""
         estimator, now = self.history.estimator, anyio.current_time()
+        self.prompt_tokens, self.told_loading = prompt.tokens, False
         self.shared_tokens = self.history.shared_tokens(prompt.messages)
         cached = estimator.cached_tokens(prompt.tokens, self.shared_tokens)
         may_load = self.server.facts.loaded is not True and self.history.may_load(now)
@@ -155,6 +159,8 @@ class Run:
             "stall": estimator.stall(),
             "total": estimator.total(new, prompt.max_tokens, cached_tokens=cached, may_load=may_load),
         }
+        first = estimates["first_token"]
+        self.expected = first.expected if first is not None else None
         learned = {}
         for name, limits in latency.DEFAULTS.items():
             if self.time_scale != 1.0:
@@ -172,6 +178,17 @@ class Run:
         except Exception:
             _log.debug("the answer could not be shown", exc_info=True)
 
+    def tell_retry(self, failure: Failure, what: str, delay: float) -> None:
+        attempts = self.call.settings.retry.attempts
+        events.publish(events.Retry(self.info, self.life.attempt, attempts, failure.error.__name__, what, delay))
+
+    def tell_wait(self, cause: str, limit: float, *, loading: bool) -> None:
+        """``limit``: seconds."""
+        if loading:
+            events.publish(events.Loading(self.info, cause, limit, self.history.estimator.usual_load))
+        else:
+            events.publish(events.Waiting(self.info, cause, limit))
+
     def give_up(self, failure: Failure) -> NoReturn:
         """Ends the call with an error that says what happened, where, and what helps."""
         life, answer = self.life, self.answer
@@ -184,7 +201,12 @@ class Run:
         if failure.setting:
             parts.append(f"Setting in config2.yaml: {failure.setting}.")
         message = " ".join(parts)
-        events.publish(events.Failed(self.info, life.attempt, failure.error.__name__, message, elapsed))
+        events.publish(
+            events.Failed(
+                self.info, life.attempt, failure.error.__name__, message, elapsed, failure.what, failure.remedy,
+                failure.setting or "", answer.tokens,
+            )
+        )  # fmt: skip
         request = request_to(self.call.endpoint)
         if isinstance(failure.cause, httpx.RequestError):
             failure.cause.request = request  # httpx's own has the key and the prompt

@@ -99,13 +99,13 @@ def _dead(error: type[errors.LocalLLMError], what: str) -> Failure:
 
 
 async def watch(
-    server: Server, endpoint: Endpoint, silence: Callable[[], float], proof: Callable[[], None], *, scale: float = 1.0
+    server: Server, endpoint: Endpoint, silence: Callable[[], float], proof: Callable[[bool], None], *, scale: float = 1.0
 ) -> Failure:
     """Looks at the server whenever it has been silent for a second, until it is proven to be gone.
 
     Args:
         silence: gives the seconds since the last sign of life.
-        proof: called when a look proves that the server works.
+        proof: called when a look proves that the server works, with whether that is loading its model.
         scale: how many times faster than real its time passes.
     """
     evidence = Evidence()
@@ -121,7 +121,7 @@ async def watch(
         if failure is not None:
             return failure
         if evidence.alive:
-            proof()
+            proof(seen is Seen.LOADING or (isinstance(seen, Work) and seen.loading))
         await anyio.sleep((_AGAIN if seen is Seen.REFUSED else _INTERVAL) / scale)
 
 

@@ -110,9 +110,11 @@ async def takes_its_extras_and_shows_its_prefill(endpoint, promise):
     chunks, comments, text = await read_stream(endpoint, {**body_for(endpoint, LONG), **server.extras()})
     assert text.strip()
     seen = [*map(server.progress, chunks), *map(server.progress_of_comment, comments)]
-    seen = [processed for processed in seen if processed is not None]
+    seen = [progress for progress in seen if progress is not None]
     assert bool(seen) == promise.progress
-    assert seen == sorted(seen)
+    processed = [progress.processed for progress in seen]
+    assert processed == sorted(processed)
+    assert all(progress.total and progress.processed <= progress.total for progress in seen)
 
 
 async def tells_its_times(endpoint, promise):

@@ -104,7 +104,7 @@ async def test_a_loading_server_is_waited_for_without_spending_an_attempt(simula
     async with simulator(machine=Machine(1e6, 1e6, load_time=500), scale=1000) as server:
         outcome = await complete(ask(server, settings=settings))
     assert outcome.text == WORDS
-    assert kinds(seen) == ["Sent", "Waiting", "Sent", "Done"]
+    assert kinds(seen) == ["Sent", "Loading", "Sent", "Done"]
 
 
 async def test_a_server_that_is_not_up_yet_is_waited_for(simulator, ask, seen):

@@ -22,7 +22,7 @@ from contract import (
 from metagpt_localllm import servers
 from metagpt_localllm.call import complete
 from metagpt_localllm.servers import KINDS
-from metagpt_localllm.servers.base import Ask, Facts
+from metagpt_localllm.servers.base import Ask, Facts, Progress
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.servers.llama_swap import LlamaSwap
 from metagpt_localllm.servers.vllm import VLLM
@@ -181,11 +181,11 @@ async def test_mlx_lm_is_found_by_its_software_even_when_its_list_is_empty():
         assert (await identified(endpoint_of(server.base_url, "m"))).name == "plain"
 
 
-@pytest.mark.parametrize("comment, processed", [(b" keepalive 9/10", 9), (b"keepalive 0/3", 0), (b" keep-alive", None),
+@pytest.mark.parametrize("comment, progress", [(b" keepalive 9/10", Progress(9, 10)), (b"keepalive 0/3", Progress(0, 3)), (b" keep-alive", None),
                                                 (b" ping - 2026-01-01", None), (b"", None)])  # fmt: skip
-def test_only_mlx_lms_own_comments_are_progress(comment, processed):
+def test_only_mlx_lms_own_comments_are_progress(comment, progress):
     kind = servers.kind_named("mlx-lm")
-    assert kind().progress_of_comment(comment) == processed
+    assert kind().progress_of_comment(comment) == progress
     assert servers.kind_named("plain")().progress_of_comment(comment) is None
 
 
@@ -248,7 +248,7 @@ async def test_a_model_that_is_being_loaded_counts_as_work(simulator, dialect):
         await asyncio.sleep(0.1)
         looks.append(await found.work(Ask(endpoint)))
         await chat
-    assert all(look.busy and look.what == "loading the model" for look in looks)
+    assert all(look.busy and look.loading for look in looks)
     if dialect == "ollama":
         assert looks[0].marker != looks[1].marker
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Hashable, Mapping, Optional
 
 from metagpt_localllm.transport import Endpoint, client_for
 
-__all__ = ["Ask", "Facts", "Health", "Loading", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
+__all__ = ["Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
 
 
 #: Fields that give an answer its form, or tell of each of its tokens (llama.cpp, vLLM, SGLang, TabbyAPI).
@@ -63,12 +63,12 @@ class Work:
     Attributes:
         busy: whether it works on any request at all.
         marker: any value; that it is another than at the last look proves that the work goes on.
-        what: the work in a few words, for people: "loading the model", "prefill".
+        loading: whether it is the loading of the model.
     """
 
     busy: bool
     marker: Hashable
-    what: str = ""
+    loading: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,19 @@ class Timings:
     prefill: Optional[float] = None
     decode: Optional[float] = None
     load: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the prefill is.
+
+    Attributes:
+        processed: prompt tokens that it has read.
+        total: that it reads; None where it does not say.
+    """
+
+    processed: int
+    total: Optional[int] = None
 
 
 class Unanswered(Exception):
@@ -223,11 +236,11 @@ class Server:
         """Fields of a chat request beyond OpenAI's that make its work visible."""
         return {"stream_options": {"include_usage": True}}
 
-    def progress(self, chunk: Mapping[str, Any]) -> Optional[int]:
-        """Prompt tokens processed so far, where this chunk of a stream tells."""
+    def progress(self, chunk: Mapping[str, Any]) -> Optional[Progress]:
+        """How far the prefill is, where this chunk of a stream tells."""
         return None
 
-    def progress_of_comment(self, comment: bytes) -> Optional[int]:
+    def progress_of_comment(self, comment: bytes) -> Optional[Progress]:
         """The same, where this comment of a stream tells (it comes without its colon)."""
         return None
 

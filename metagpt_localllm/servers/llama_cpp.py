@@ -10,7 +10,7 @@ import re
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, Work, entries, positive
+from metagpt_localllm.servers.base import Ask, Facts, Progress, Server, Timings, Work, entries, positive
 
 __all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
 
@@ -55,10 +55,11 @@ class LlamaCpp(Server):
     def extras(self) -> Mapping[str, Any]:
         return {**super().extras(), "return_progress": True}
 
-    def progress(self, chunk: Mapping[str, Any]) -> Optional[int]:
-        progress = chunk.get("prompt_progress")
-        processed = progress.get("processed") if isinstance(progress, Mapping) else None
-        return processed if isinstance(processed, int) else None
+    def progress(self, chunk: Mapping[str, Any]) -> Optional[Progress]:
+        told = chunk.get("prompt_progress")
+        if not isinstance(told, Mapping) or not isinstance(told.get("processed"), int):
+            return None
+        return Progress(told["processed"], positive(told.get("total")))
 
     def timings(self, totals: Mapping[str, Any]) -> Timings:
         told = totals.get("timings")
@@ -77,7 +78,7 @@ class LlamaCpp(Server):
         if slots is not None:
             return work_of(slots)
         if self._routed and _status(_entry(await ask.json("./models"), self._routed)) == "loading":
-            return Work(True, "loading", "loading the model")
+            return Work(True, "loading", loading=True)
         return None
 
     @property
@@ -175,7 +176,7 @@ def work_of(slots: list[Mapping[str, Any]]) -> Work:
     marker = tuple(
         f"{slot.get('id_task')} {slot.get('n_prompt_tokens_processed')} {slot.get('next_token')}" for slot in busy
     )
-    return Work(bool(busy), marker, "prefill or decode")
+    return Work(bool(busy), marker)
 
 
 async def count(ask: Ask, prompt: Mapping[str, Any], at: str = "") -> Optional[int]:

@@ -50,7 +50,7 @@ class LlamaSwap(LlamaCpp):
     async def work(self, ask: Ask) -> Optional[Work]:
         state = await _state(ask, self._upstream)
         if state == "starting":
-            return Work(True, state, "loading the model")
+            return Work(True, state, loading=True)
         slots = await ask.array(f"{_at(self._upstream)}/slots") if state == "ready" and self._is_llama_cpp else None
         return work_of(slots) if slots is not None else None
 

@@ -50,7 +50,7 @@ class LMStudio(Server):
         if listing is None:
             return None
         loaded = bool(_facts(listing, self._model).loaded)
-        return Work(True, loaded, "the model is loaded" if loaded else "loading the model")
+        return Work(True, loaded, loading=not loaded)
 
     async def load(self, ask: Ask, model: str) -> None:
         """The shortest chat, which loads the model on demand.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import ClassVar, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server
+from metagpt_localllm.servers.base import Ask, Facts, Progress, Server, positive
 
 __all__ = ["MLXLM"]
 
-_KEEPALIVE = re.compile(rb"\s*keepalive (\d+)/\d+\s*")
+_KEEPALIVE = re.compile(rb"\s*keepalive (\d+)/(\d+)\s*")
 
 
 class MLXLM(Server):
@@ -33,7 +33,7 @@ class MLXLM(Server):
         """(mlx_lm/server.py: no option for it.)"""
         return "The server sets no limit to the context: the model itself and the memory do."
 
-    def progress_of_comment(self, comment: bytes) -> Optional[int]:
+    def progress_of_comment(self, comment: bytes) -> Optional[Progress]:
         """``keepalive 9/10``: of the tokens that were not in its prefix cache."""
         found = _KEEPALIVE.fullmatch(comment)
-        return int(found.group(1)) if found else None
+        return Progress(int(found.group(1)), positive(int(found.group(2)))) if found else None

@@ -69,7 +69,7 @@ class Ollama(Server):
         """
         entry = await _running(ask, self._model)
         return (
-            Work(True, str(entry.get("expires_at")), "loading the model") if entry and not self.facts.loaded else None
+            Work(True, str(entry.get("expires_at")), loading=True) if entry and not self.facts.loaded else None
         )
 
     async def load(self, ask: Ask, model: str) -> None:
