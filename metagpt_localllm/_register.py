@@ -105,10 +105,10 @@ def watch_environment(module: ModuleType) -> None:
     async def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return await original(self, *args, **kwargs)
-        except BaseException:
-            from metagpt_localllm import session  # not while MetaGPT is imported, which need not wait for it
+        except BaseException as error:
+            from metagpt_localllm import closing  # not while MetaGPT is imported, which need not wait for it
 
-            session.broke_off()
+            closing.broke_off(error)
             raise
 
     run.metagpt_localllm = True  # type: ignore[attr-defined]

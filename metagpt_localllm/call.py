@@ -93,6 +93,7 @@ async def _until_whole(run: Run) -> Outcome:
                 break
             except (ValueError, TypeError) as error:
                 failure = broken(f"the answer is no chat completion ({type(error).__name__})")
+        failure = run.without_key(failure)
         run.record.failed(run.answer, failure.error.__name__, failure.what, life.ttft, life.longest_gap)
         step = life.fail(failure, anyio.current_time(), gained=has_gained(run))
         if isinstance(step, GiveUp):

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from metagpt_localllm import call as calls
 from metagpt_localllm import events, servers, session
 from metagpt_localllm.caller import find_caller, find_retry_loop
+from metagpt_localllm.closing import watch_for_failures
 from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess, window_is_too_large
 from metagpt_localllm.errors import LocalLLMError
 from metagpt_localllm.policies import named
@@ -61,6 +62,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         super().__init__(config)
         self._settings: LocalSettings = config.local or LocalSettings()
         session.check_variable(self._settings.journal)
+        watch_for_failures()
         self.trims: Sequence[events.Trimmed] = ()
 
     # ------------------------------------------------------------------ what stock sets up eagerly

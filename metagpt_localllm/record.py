@@ -37,7 +37,6 @@ class Record:
         self._every = max(_EVERY / time_scale, _LEAST)
         self.left: Optional[CallRecord] = None
         self._instead: Optional[CallRecord] = None
-        self._secret = ""
         self._number = 0
         self._saved_at = 0.0
         self._request: Optional[bytes] = None
@@ -45,7 +44,6 @@ class Record:
         if session is None:
             return
         asked, wanted = fingerprint(body, parts), int(body.get("max_tokens") or 0)
-        self._secret = endpoint.api_key
         self._instead, usable = session.recall(asked, wanted)
         self.left = self._instead if usable else None
         self._call = CallRecord(
@@ -90,8 +88,6 @@ class Record:
         """An attempt failed; what has come of the answer is kept."""
         if self._session is None or not self._attempts:
             return
-        if len(self._secret) > 3:  # a server may quote it
-            detail = detail.replace(self._secret, "…")
         self._attempts[-1].update(error=error, detail=detail, **_how_it_went(answer, ttft, longest_gap))
         self._checkpoint(answer)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence
 
 import anyio
@@ -177,6 +177,11 @@ class Run:
             self.call.show(text)
         except Exception:
             _log.debug("the answer could not be shown", exc_info=True)
+
+    def without_key(self, failure: Failure) -> Failure:
+        """A server may quote the API key in its error."""
+        key = self.call.endpoint.api_key
+        return replace(failure, what=failure.what.replace(key, "…")) if len(key) > 3 else failure
 
     def tell_retry(self, failure: Failure, what: str, delay: float) -> None:
         attempts = self.call.settings.retry.attempts

@@ -30,7 +30,7 @@ from metagpt_localllm.leftovers import Leftovers, without_what_broke_it
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import State, state_at
 
-__all__ = ["Session", "Start", "broke_off", "check_variable", "command_line", "is_alive", "is_open", "key_of", "locks_of", "session_for", "tell_by"]
+__all__ = ["Session", "Start", "broke_off", "check_variable", "command_line", "current", "is_alive", "is_open", "key_of", "locks_of", "session_for", "tell_by"]
 
 #: Environment variable that overrules ``journal.resume``: auto, ask, never, or the beginning of a run's name.
 VARIABLE = "METAGPT_LOCALLLM_RESUME"
@@ -83,6 +83,9 @@ class Session:
         tell: gets what a person should know, in a sentence.
         ask: puts a yes-or-no question, where ``journal.resume`` is "ask"; None where nobody can answer.
 
+    Attributes:
+        kept: whole answers of the run that the journal has.
+
     Raises:
         ValueError: METAGPT_LOCALLLM_RESUME names a run that there is not.
     """
@@ -98,6 +101,7 @@ class Session:
         self._left = Leftovers(())
         self._number = 0
         self._open: set[int] = set()
+        self.kept = 0
         self._last = ""
         self.process = os.getpid()
         self.broken_off = False
@@ -144,7 +148,7 @@ class Session:
         return run.id
 
     def _take_over(self, run: RunRecord, left: Leftovers, broken: Sequence[CallRecord]) -> None:
-        self._number, self._left = self._journal.last_number(run.id), left
+        self._number, self._left, self.kept = self._journal.last_number(run.id), left, run.calls
         for call in broken:
             self._journal.supersede(run.id, call.number)
         more = f", but for its last {len(broken)}, of which MetaGPT could make nothing" if broken else ""
@@ -220,6 +224,7 @@ class Session:
     def finish(self, number: int, outcome: str, **what: Any) -> None:
         """``outcome``: done, failed or cancelled."""
         self._open.discard(number)
+        self.kept += outcome == "done"
         self._last = outcome
         self.broken_off = False
         self._journal.end_call(self.id, number, outcome, **what)
@@ -255,6 +260,14 @@ def broke_off() -> None:
     """MetaGPT's team ended by an exception that nobody else hears of."""
     for session in _sessions.values():
         session.broken_off = True
+
+
+def current() -> tuple[str, int]:
+    """The name of this process's run, and how many answers are kept of it; "" and 0 where there is none."""
+    for opened in _sessions.values():
+        if opened.process == os.getpid():
+            return opened.id, opened.kept
+    return "", 0
 
 
 _log_to: list[Callable[[str], None]] = [_log.warning]

@@ -221,7 +221,7 @@ async def test_a_proxy_in_front_of_a_server_that_starts_is_not_taken_for_the_ser
 
 @pytest.mark.parametrize("status", [401, 500, 422])
 async def test_an_error_carries_neither_the_key_nor_the_prompt(ask, status):
-    body = b'{"error": {"message": "no"}}'
+    body = b'{"error": {"message": "no: sk-secret"}}'
     async with RawServer(http(status, body)) as server:
         with pytest.raises(errors.LocalLLMError) as caught:
             await complete(ask(server, "my secret prompt", {"retry": {"attempts": 1}}, api_key="sk-secret"))

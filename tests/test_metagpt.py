@@ -362,11 +362,11 @@ async def test_a_team_that_breaks_off_is_noticed_though_it_swallows_the_error(mo
     from metagpt.environment import base_env
     from metagpt.team import Team
 
-    from metagpt_localllm import session
+    from metagpt_localllm import closing
     from metagpt_localllm._register import watch_environment
 
     noticed = []
-    monkeypatch.setattr(session, "broke_off", lambda: noticed.append("broke off"))
+    monkeypatch.setattr(closing, "broke_off", lambda error: noticed.append(type(error).__name__))
     assert base_env.Environment.run.metagpt_localllm, "the hook has done it while MetaGPT was imported"
     watch_environment(base_env)  # once more is not twice
     team = Team(context=Context(), use_mgx=False)
@@ -381,4 +381,4 @@ async def test_a_team_that_breaks_off_is_noticed_though_it_swallows_the_error(mo
 
     team.env.roles = {"r": Broken()}
     await team.run(n_round=1)
-    assert noticed == ["broke off"]
+    assert noticed == ["RuntimeError"]
