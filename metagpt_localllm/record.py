@@ -90,9 +90,7 @@ class Record:
         """An attempt failed; what has come of the answer is kept."""
         if self._session is None or not self._attempts:
             return
-        if len(self._secret) > 3:  # a server may quote it
-            detail = detail.replace(self._secret, "…")
-        self._attempts[-1].update(error=error, detail=detail, **_how_it_went(answer, ttft, longest_gap))
+        self._attempts[-1].update(error=error, detail=self._without_secret(detail), **_how_it_went(answer, ttft, longest_gap))
         self._checkpoint(answer)
 
     def done(
@@ -115,12 +113,26 @@ class Record:
             saved_tokens=saved, trims=[_plain(trim) for trim in trims], cached_tokens=cached, queued=queued,
         )  # fmt: skip
 
-    def ended(self, answer: Answer, error: BaseException) -> None:
-        """The call ends without a whole answer: by an error of ours, or because its caller left."""
+    def ended(
+        self, answer: Answer, error: BaseException, trims: Sequence[events.Trimmed] = (), *, ttft: Optional[float] = None,
+        longest_gap: float = 0.0, queued: float = 0.0,
+    ) -> None:  # fmt: skip
+        """The call ends without a whole answer: by an error of ours, or because its caller left.
+
+        Args:
+            queued: seconds that the call waited for its turn.
+        """
         if self._session is None or not self._number:
             return
+        failed = isinstance(error, Exception)
+        if self._attempts and "ended" not in self._attempts[-1]:  # it was cut off from outside
+            how = {"error": type(error).__name__, "detail": self._without_secret(str(error))} if failed else {}
+            self._attempts[-1].update(how, **_how_it_went(answer, ttft, longest_gap))
         self._checkpoint(answer)
-        self._end("failed" if isinstance(error, Exception) else "cancelled")
+        self._end("failed" if failed else "cancelled", trims=[_plain(trim) for trim in trims], queued=queued)
+
+    def _without_secret(self, detail: str) -> str:
+        return detail.replace(self._secret, "…") if len(self._secret) > 3 else detail  # a server may quote it
 
     def _end(self, outcome: str, **what: Any) -> None:
         assert self._session is not None

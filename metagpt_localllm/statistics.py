@@ -28,7 +28,7 @@ Seconds are those of this machine's clock. Against a simulated server that runs 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter, abc, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
@@ -176,7 +176,7 @@ def per_call(run_id: str, call: CallRecord) -> CallFigures:
     """The figures of a call. What a damaged disk has made of its record is taken for unknown, and raises nothing."""
     attempts = _mappings(call.attempts)
     last: Mapping[str, Any] = attempts[-1] if attempts else {}
-    usage: Mapping[str, Any] = call.usage if isinstance(call.usage, Mapping) else {}
+    usage: Mapping[str, Any] = call.usage if isinstance(call.usage, abc.Mapping) else {}
     trims, done = _mappings(call.trims), call.outcome == "done"
     errors = [str(attempt["error"]) for attempt in attempts if attempt.get("error")]
     sent = _number(attempts[0].get("at")) if attempts else None
@@ -261,7 +261,7 @@ def _decode(
 
 def _prefill(timings: Any, ttft: Optional[float]) -> tuple[Optional[int], Optional[float]]:
     """Prompt tokens that were not cached, and their seconds, of llama.cpp's ``timings``."""
-    told = timings if isinstance(timings, Mapping) else {}
+    told = timings if isinstance(timings, abc.Mapping) else {}
     tokens, milliseconds = _count(told.get("prompt_n")), _number(told.get("prompt_ms"))
     if not tokens or not milliseconds or ttft is None:
         return None, None
@@ -271,12 +271,12 @@ def _prefill(timings: Any, ttft: Optional[float]) -> tuple[Optional[int], Option
 
 
 def _deadlines(value: Any) -> Mapping[str, float]:
-    known = value if isinstance(value, Mapping) else {}
+    known = value if isinstance(value, abc.Mapping) else {}
     return {str(name): seconds for name, given in known.items() if (seconds := _number(given)) is not None}
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, (list, tuple)) else []
+    return [one for one in value if isinstance(one, abc.Mapping)] if isinstance(value, (list, tuple)) else []
 
 
 def _number(value: Any) -> Optional[float]:
