@@ -44,7 +44,7 @@ class _Column:
 
     @property
     def name(self) -> str:
-        return " ".join(part for part in self.head if part)
+        return " ".join(self.head).strip().replace("- ", "")
 
 
 def _of(found: Optional[Percentiles], name: str, form: Callable[[float], str]) -> str:
@@ -209,7 +209,7 @@ def _heading(total: Group, figures: Sequence[CallFigures]) -> str:
     runs, moments = len({one.run for one in figures}), [one.started for one in figures]
     first, last = (time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) for when in (min(moments), max(moments)))
     period = first if first == last else f"{first} to {last[11:] if first[:10] == last[:10] else last}"
-    replayed = f", {total.replayed:,} answers given again" if total.replayed else ""
+    replayed = f", {_many(total.replayed, 'answer')} given again" if total.replayed else ""
     return f"{_many(total.calls, 'call')}{replayed} in {_many(runs, 'run')}, {period}"
 
 
