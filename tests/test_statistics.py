@@ -3,11 +3,16 @@
 import statistics as stdlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from metagpt_localllm.journal import CallRecord, Replay
 from metagpt_localllm.statistics import CallFigures, figures_of, per_call, percentile, percentiles, summarize
+
+try:
+    import numpy
+except ImportError:
+    numpy = None
 
 SECONDS = some.floats(0, 1e6)
 ANY_JSON = some.recursive(
@@ -103,6 +108,7 @@ def test_trims_of_a_call_add_up():
     assert (call.trims, call.trimmed_tokens) == (2, 340)
 
 
+@settings(deadline=None)  # two cores, shared
 @given(ANY_JSON, ANY_JSON, ANY_JSON, ANY_JSON, ANY_JSON)
 def test_whatever_a_damaged_disk_makes_of_a_record_it_raises_nothing(one, two, three, four, five):
     call = a_call(attempts=one, usage=two, timings=three, trims=four, ended=five, queued=five, saved_tokens=one, started=five,
@@ -147,9 +153,9 @@ def test_the_median_is_that_of_the_standard_library(values):
     assert percentiles(values).p50 == stdlib.median_low(values)
 
 
+@pytest.mark.skipif(numpy is None, reason="MetaGPT brings numpy, this package does not need it")
 @given(some.lists(SECONDS, min_size=1, max_size=300), some.integers(0, 100))
 def test_percentiles_are_those_of_numpy(values, per_cent):
-    numpy = pytest.importorskip("numpy")
     # It reckons with floats: where the rank is a whole number it may take the next one.
     ordered = sorted(values)
     if (len(values) * per_cent) % 100:
@@ -213,6 +219,7 @@ def test_what_calls_cannot_be_grouped_by_is_refused():
         summarize([], ["action", "colour"])
 
 
+@settings(deadline=None)
 @given(some.lists(some.builds(
     CallFigures, run=some.sampled_from("ab"), number=some.integers(1, 9), action=some.sampled_from("xy"), role=some.sampled_from("pq"),
     model=some.just("m"), tier=some.just("t"), outcome=some.sampled_from(["done", "failed", "cancelled", "running", "replayed"]),

@@ -234,7 +234,7 @@ def test_metagpts_usual_names_make_a_table_of_80_columns(journal):
     shown = on_terminal(80, journal)
     assert [len(cells) for cells in rows_of(shown, "WriteCode", "all").values()] == [len(rows_of(shown, "WriteCode")["WriteCode"])] * 2
     said = " ".join(shown.split())
-    assert "Left out at 80 columns: " in said and " timeouts, " in said and "decode" in shown.splitlines()[2]
+    assert "Left out at 80 columns: " in said and "unfinished, replayed, ttft p99, " in said and "decode" in shown.splitlines()[2]
     assert "Left out" not in on_terminal(200, journal)
 
 
