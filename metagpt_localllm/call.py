@@ -71,7 +71,10 @@ async def complete(call: Call) -> Outcome:
             return await _until_whole(run)
         run.give_up(run.life.expire(anyio.current_time()))
     except BaseException as error:
-        run.record.ended(run.answer, error)
+        life = run.life
+        run.record.ended(
+            run.answer, error, run.trims, ttft=life.ttft, longest_gap=life.longest_gap, queued=life.waited
+        )  # fmt: skip
         raise
 
 

@@ -18,6 +18,7 @@ from typing import Any, Optional, Sequence
 import click
 
 from metagpt_localllm.runs import runs
+from metagpt_localllm.stats import stats
 
 __all__ = ["INSTALL_METAGPT", "METAGPT_KEYS", "OVERRIDES", "main", "metagpt_problems"]
 
@@ -62,6 +63,7 @@ def main() -> None:
 
 
 main.add_command(runs)
+main.add_command(stats)
 
 # ------------------------------------------------------------------------------------------------ demo
 

@@ -8,6 +8,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from metagpt_localllm import events
 from metagpt_localllm.answer import Answer
+from metagpt_localllm.errors import LocalLLMError
 from metagpt_localllm.fingerprint import Part, fingerprint
 from metagpt_localllm.journal import CallRecord
 from metagpt_localllm.session import Session
@@ -111,12 +112,24 @@ class Record:
             saved_tokens=saved, trims=[_plain(trim) for trim in trims], cached_tokens=cached, queued=queued,
         )  # fmt: skip
 
-    def ended(self, answer: Answer, error: BaseException) -> None:
-        """The call ends without a whole answer: by an error of ours, or because its caller left."""
+    def ended(
+        self, answer: Answer, error: BaseException, trims: Sequence[events.Trimmed] = (), *, ttft: Optional[float] = None,
+        longest_gap: float = 0.0, queued: float = 0.0,
+    ) -> None:  # fmt: skip
+        """The call ends without a whole answer: by an error of ours, or because its caller left.
+
+        Args:
+            queued: seconds that the call waited for its turn.
+        """
         if self._session is None or not self._number:
             return
+        failed = isinstance(error, Exception)
+        if self._attempts and "ended" not in self._attempts[-1]:  # it was cut off from outside
+            what = str(error) if isinstance(error, LocalLLMError) else ""  # that of others may hold anything
+            how = {"error": type(error).__name__, "detail": what} if failed else {}
+            self._attempts[-1].update(how, **_how_it_went(answer, ttft, longest_gap))
         self._checkpoint(answer)
-        self._end("failed" if isinstance(error, Exception) else "cancelled")
+        self._end("failed" if failed else "cancelled", trims=[_plain(trim) for trim in trims], queued=queued)
 
     def _end(self, outcome: str, **what: Any) -> None:
         assert self._session is not None
