@@ -72,6 +72,8 @@ async def complete(call: Call) -> Outcome:
         run.give_up(run.life.expire(anyio.current_time()))
     except BaseException as error:
         run.record.ended(run.answer, error)
+        if not isinstance(error, errors.LocalLLMError):
+            events.publish(events.Cancelled(run.info))
         raise
 
 
@@ -152,7 +154,7 @@ async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
     events.publish(
         events.Sent(
             run.info, life.attempt, call.settings.retry.attempts, prompt.tokens, run.expected, deadlines.first_token,
-            deadlines.stall, deadlines.total, deadlines.why,
+            deadlines.stall, deadlines.total, deadlines.why, deadlines.progress, life.remaining(anyio.current_time()),
         )
     )  # fmt: skip
     run.saved = 0
