@@ -103,7 +103,7 @@ class Board:
         if isinstance(event, _ENDS):
             if call is not None:
                 del self._calls[event.call.number]
-                for other in self._calls.values():
+                for other in list(self._calls.values()):
                     other.one_less_ahead(event.call.model)
             return call is not None
         take = _TAKES.get(type(event))
@@ -204,7 +204,8 @@ class _Running:
     def on_stalled(self, event: events.Stalled, now: float) -> None:
         self.limit = event.limit
         if self.phase is not Phase.STALLED:
-            self._enter(Phase.STALLED, now - event.silence)
+            self.alive_at = now - event.silence
+            self._enter(Phase.STALLED, self.alive_at)
 
     def token(self, tokens: int, now: float) -> bool:
         self.tokens, self.alive_at = tokens, now
@@ -267,6 +268,8 @@ class _Running:
 
     def stalled(self, now: float) -> _Words:
         silence = now - self.since
+        if self.alive_at > self.since:
+            return f"no token for {clock(silence)}, but the server works", f"no token {clock(silence)}", None, None
         told = f"stalled {clock(silence)} of {clock(self.limit)}"
         return told, told, None, None
 
