@@ -22,6 +22,8 @@ __all__ = ["DemoView", "event_of"]
 
 #: Seconds of the simulated machine between two lines about a call, where there is no terminal.
 _EVERY = 300.0
+#: Seconds, of this machine, until an event is read.
+_LATE = 0.2
 _SECONDS = ("expected", "first_token", "stall", "total", "progress", "remaining", "silence", "limit", "delay", "usual")
 _KINDS = {kind.__name__: kind for kind in events.KINDS}
 
@@ -51,7 +53,7 @@ class DemoView:
 
     def __init__(self, console: Console, path: Path, scale: float, head: Callable[[], str]) -> None:
         self._console, self._path, self._scale = console, path, scale
-        self._board = Board()
+        self._board = Board(late=_LATE * scale)
         self._read = 0  # bytes of the file
         live = console.is_terminal and can_draw(forced=True)
         self._shower: Shower = LiveRows(head=head) if live else LogLines(self._say, _EVERY, self._clock)

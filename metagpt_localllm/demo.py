@@ -149,10 +149,14 @@ def _run_metagpt(
                str(events_file)]  # fmt: skip
     end = time.monotonic() + options.limit
 
+    began: Optional[float] = None
+
     def head() -> str:
+        nonlocal began
         stats = simulator.stats
         if not stats.requests:
             return "MetaGPT is starting (it takes some 10 s to import) …"
+        began = began or time.monotonic()
         passed = clock((time.monotonic() - began) * simulator.scale)
         tokens = stats.prefill_tokens + stats.decode_tokens
         return f"{passed} on the simulated machine: {stats.completed} answers, {stats.requests} requests, {tokens:,} tokens"
@@ -160,7 +164,6 @@ def _run_metagpt(
     events_file.unlink(missing_ok=True)
     with log_file.open("wb") as log:
         output = None if options.verbose else log
-        began = time.monotonic()
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, stdin=subprocess.PIPE)
         # With --verbose it has the terminal for itself, and draws its own rows there.
         view = None if options.verbose else DemoView(console, events_file, simulator.scale, head)

@@ -22,6 +22,8 @@ __all__ = ["Board", "Phase", "Span", "View", "clock", "line", "sentence"]
 _WINDOW, _NOTE = 15.0, 0.25
 #: Seconds of silence, and share of the deadline for it, from which on that deadline is the next one and not the total.
 _CALM, _CALM_SHARE = 5.0, 0.25
+#: Share of the prompt that must have been read before its speed says when the rest will be.
+_TELLING = 0.02
 
 
 class Phase(enum.Enum):
@@ -81,9 +83,14 @@ def clock(seconds: float) -> str:
 
 
 class Board:
-    """The calls that run. Only beginnings and ends change which there are; the caller sees to it that these do not overlap."""
+    """The calls that run. Only beginnings and ends change which there are; the caller sees to it that these do not overlap.
 
-    def __init__(self) -> None:
+    Args:
+        late: seconds by which events may be late, as those of another process are.
+    """
+
+    def __init__(self, late: float = 0.0) -> None:
+        self._late = late
         self._calls: dict[int, _Running] = {}
 
     def __len__(self) -> int:
@@ -125,15 +132,15 @@ class Board:
         return call.view(now) if call is not None else None
 
     def _begin(self, info: CallInfo, now: float) -> _Running:
-        call = self._calls[info.number] = _Running(info, now)
+        call = self._calls[info.number] = _Running(info, now, self._late)
         return call
 
 
 class _Running:
     """One call, as its events have told."""
 
-    def __init__(self, info: CallInfo, now: float) -> None:
-        self.info = info
+    def __init__(self, info: CallInfo, now: float, late: float) -> None:
+        self.info, self.late = info, late
         self.started = self.since = self.sent_at = self.alive_at = now
         self.phase = Phase.QUEUED
         self.ahead = 0
@@ -248,11 +255,13 @@ class _Running:
         return f"server loading, about {_percent(share)}{_eta(eta)}", f"loading ~{_percent(share)}", share, eta
 
     def prefill(self, now: float) -> _Words:
+        expected = self.sent.expected if self.sent is not None else None
         if self.read and self.total:
             share = min(self.read[-1][1] / self.total, 1.0)
-            eta = self._until_read(now)
-            return f"prefill {_percent(share)}{_eta(eta)}", f"prefill {_percent(share)}", share, eta
-        expected = self.sent.expected if self.sent is not None else None
+            eta, about = self._until_read(now), ""
+            if eta is None and expected and share < 1:
+                eta, about = _guess(now - self.sent_at, expected)[1], "about "
+            return f"prefill {_percent(share)}{_eta(eta, about)}", f"prefill {_percent(share)}", share, eta
         if not expected:
             size = f" of {self.total:,} tokens" if self.total else ""
             return f"prefill{size}", "prefill", None, None
@@ -287,7 +296,7 @@ class _Running:
     def _until_read(self, now: float) -> Optional[float]:
         """Seconds, by how fast the prompt was read of late."""
         (first, begun), (last, done) = self.read[0], self.read[-1]
-        if done <= begun or last <= first or done >= self.total:
+        if done - begun < _TELLING * self.total or last <= first or done >= self.total:
             return None
         return max((self.total - done) * (last - first) / (done - begun) - (now - last), 0.0)
 
@@ -315,7 +324,7 @@ class _Running:
         else:
             name, limit, flows = "stall", sent.stall, self.phase is Phase.GENERATING
         # As long as the server shows life, the deadline for its silence only begins anew.
-        if not flows or now - self.alive_at >= min(_CALM, _CALM_SHARE * limit):
+        if not flows or now - self.alive_at >= min(_CALM, _CALM_SHARE * limit) + self.late:
             ends[name] = self.alive_at + limit
         first = min(ends, key=lambda each: ends[each])
         return first, max(ends[first] - now, 0.0)
@@ -354,8 +363,8 @@ def _percent(share: float) -> str:
     return f"{int(share * 100)} %"
 
 
-def _eta(seconds: Optional[float]) -> str:
-    return f", {clock(seconds)} left" if seconds is not None else ""
+def _eta(seconds: Optional[float], about: str = "") -> str:
+    return f", {about}{clock(seconds)} left" if seconds is not None else ""
 
 
 def _printable(name: str) -> str:

@@ -26,7 +26,7 @@ __all__ = ["LiveRows", "LogLines", "Progress", "can_draw", "show"]
 #: Seconds between two drawings while nothing but the time goes on.
 _TICK = 0.25
 #: Seconds between two lines of the log in scaled time, at the least.
-_LEAST_EVERY = 0.5
+_LEAST_EVERY = 2.0
 #: Phases that :mod:`metagpt_localllm.telling` has a line for when they begin.
 _TOLD = frozenset({Phase.QUEUED, Phase.LOADING, Phase.RETRY, Phase.WAITING})
 #: Set by continuous integration, whose logs keep every drawing.

@@ -163,12 +163,12 @@ def refuse_misplaced(llm: Dict[str, Any], known: List[str]) -> None:
 
 def _unknown(key: str, section: type[_Section]) -> str:
     here = list(section.model_fields)
-    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
-    if near:
-        return f"there is no setting '{key}' here; did you mean '{near[0]}'?"
     homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
     if homes:
         return f"there is no setting '{key}' here; it belongs to '{homes[0]}'"
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    if near:
+        return f"there is no setting '{key}' here; did you mean '{near[0]}'?"
     far = difflib.get_close_matches(key, [path.rsplit(".", 1)[-1] for path in _paths()], n=1, cutoff=0.7)
     if far:
         home = next(path for path in _paths() if path.endswith("." + far[0]))
