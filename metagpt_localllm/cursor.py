@@ -13,7 +13,9 @@ from rich.cells import cell_len, get_character_cell_size
 __all__ = ["Cursor"]
 
 #: CSI, OSC and other string sequences, and the two-character ones (ECMA-48).
-_SEQUENCE = re.compile(r"\x1b(?:\[([0-?]*)([ -/]*)([@-~])|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]*[0-~])", re.DOTALL)
+_SEQUENCE = re.compile(r"\x1b(?:\[([0-?]*)([ -/]*)([@-~])|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]+[0-~]|[0-OQ-WYZ\\`-~])", re.DOTALL)
+#: What may yet become one.
+_BEGUN = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_].*|[ -/]*)\Z", re.DOTALL)
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f]+")
 _TAB = 8
 #: Alternate screens of xterm and its like.
@@ -77,7 +79,7 @@ class Cursor:
             elif text[position] == "\x1b":
                 sequence = _SEQUENCE.match(text, position)
                 if sequence is None:
-                    if end - position < _MOST_CARRIED:
+                    if end - position < _MOST_CARRIED and _BEGUN.match(text, position):
                         self._carried = text[position:]
                         return
                     position += 1

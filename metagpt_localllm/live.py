@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -109,15 +110,21 @@ class Rows:
 
     # ------------------------------------------------------------------ for the streams
 
+    def stays(self, text: str) -> bool:
+        """Whether ``text`` may go to the terminal without further ado, since the rows stay as they are; it is then taken to go."""
+        if self._shown and self._cursor.fits(text):
+            self._cursor.feed(text)
+            return True
+        return False
+
     @contextlib.contextmanager
     def around(self, text: str) -> Iterator[None]:
-        """The program's ``text`` goes to the terminal within."""
+        """The program's ``text`` goes to the terminal within, and leaves the cursor's row."""
         self._measure()
-        if self._shown and not self._cursor.fits(text):
-            self._erase()
+        self._erase()
         yield
         self._cursor.feed(text)
-        if not self._shown and time.monotonic() - self._drawn_at >= _THROTTLE:
+        if time.monotonic() - self._drawn_at >= _THROTTLE:
             self._draw()
 
     def _measure(self) -> None:
@@ -163,11 +170,13 @@ class _Tap:
         own = getattr(stream, "__dict__", {})
         self._before = {name: own[name] for name in ("write", "flush") if name in own}
         self._by_line = bool(getattr(stream, "line_buffering", False)) and not getattr(stream, "write_through", False)
+        unbuffered = isinstance(getattr(stream, "buffer", None), io.RawIOBase) and getattr(stream, "write_through", False)
+        nothing = contextlib.nullcontext()
         lock, original_write, original_flush = rows._lock, stream.write, stream.flush
 
         def write(text: str, /) -> int:
             with lock:
-                if not rows._open or not isinstance(text, str):
+                if not rows._open or not isinstance(text, str) or not text:
                     return original_write(text)
                 line_ends = "\n" in text or "\r" in text
                 if self._by_line and not line_ends and self._bytes < _MOST_HELD:
@@ -175,9 +184,10 @@ class _Tap:
                     self._held.append(text)
                     self._bytes += len(text) if text.isascii() else 4 * len(text)
                     return count
-                with rows.around(self._taken() + text):
+                shown = self._taken() + text
+                with nothing if not line_ends and rows.stays(shown) else rows.around(shown):
                     count = original_write(text)
-                    if not (self._by_line and line_ends):
+                    if not (unbuffered or (self._by_line and line_ends)):
                         original_flush()
                 return count
 
@@ -185,7 +195,8 @@ class _Tap:
             with lock:
                 if not self._held or not rows._open:
                     return original_flush()
-                with rows.around(self._taken()):
+                shown = self._taken()
+                with nothing if rows.stays(shown) else rows.around(shown):
                     original_flush()
 
         self._ours = {"write": write, "flush": flush}

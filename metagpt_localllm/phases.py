@@ -120,7 +120,7 @@ class Board:
             call = self._begin(event.call, now)
         before = call.phase, call.attempt
         take(call, event, now)
-        return (call.phase, call.attempt) != before or call.fresh()
+        return call.fresh() or (call.phase, call.attempt) != before
 
     def views(self, now: float) -> list[View]:
         """All calls, the oldest first."""

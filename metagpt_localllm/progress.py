@@ -21,7 +21,7 @@ from metagpt_localllm.phases import Board, Phase, View, sentence
 from metagpt_localllm.rows import Painter
 from metagpt_localllm.settings import ProgressSettings
 
-__all__ = ["LiveRows", "LogLines", "Progress", "can_draw", "show"]
+__all__ = ["LiveRows", "LogLines", "Progress", "can_draw", "hide", "show"]
 
 #: Seconds between two drawings while nothing but the time goes on.
 _TICK = 0.25
@@ -130,6 +130,7 @@ class Progress:
         self._wake = threading.Event()
         self._board = Board()
         self._shower: Optional[Shower] = None
+        self._ended = False
         self._thread: Optional[threading.Thread] = None
 
     def take(self, event: Event) -> None:
@@ -143,7 +144,7 @@ class Progress:
             if len(self._board) == 0:
                 self._end()
                 return
-            if self._shower is None:
+            if self._shower is None and not self._ended:
                 self._shower = self._choose()
             shower = self._shower
             if shower is not None:
@@ -161,13 +162,20 @@ class Progress:
             self._shower.abandon()
         self._begin_anew()
 
+    def end(self) -> None:
+        """Nothing is shown any more."""
+        with self._guard:
+            self._end()
+            self._ended = True
+        self._wake.set()
+
     def _end(self) -> None:
         shower, self._shower = self._shower, None
         if shower is not None:
             shower.end()
 
     def _tick(self) -> None:
-        while True:
+        while not self._ended:
             shower = self._shower
             self._wake.wait(shower.tick if shower is not None else None)
             self._wake.clear()
@@ -184,6 +192,7 @@ class Progress:
 
 
 _progress: Optional[Progress] = None
+_ends: list[Callable[[], None]] = []
 
 
 def show(settings: ProgressSettings, logger: Any) -> None:
@@ -215,9 +224,26 @@ def show(settings: ProgressSettings, logger: Any) -> None:
         return LogLines(say, max(settings.every / time_scale(), min(settings.every, _LEAST_EVERY)))
 
     _progress = Progress(choose)
-    events.subscribe(_progress.take, *events.KINDS)
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_progress.forget)
+    _ends.append(events.subscribe(_progress.take, *events.KINDS))
+
+
+def hide() -> None:
+    """Ends what :func:`show` began; after that it may begin in another way. Idempotent."""
+    global _progress
+    while _ends:
+        _ends.pop()()
+    if _progress is not None:
+        _progress.end()
+        _progress = None
+
+
+def _in_child() -> None:
+    if _progress is not None:
+        _progress.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def can_draw(*, forced: bool = False) -> bool:

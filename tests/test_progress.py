@@ -79,12 +79,13 @@ async def test_a_call_that_is_cancelled_is_shown_no_longer(simulator, ask, follo
     assert shown.ends == 1
 
 
-async def test_a_server_that_proves_that_it_works_is_told_of(simulator, ask, follow):
+async def test_a_server_that_proves_that_it_works_is_told_of(simulator, ask, monkeypatch):
+    monkeypatch.setenv("METAGPT_LOCALLLM_TIME_SCALE", "20")
     working = []
     end = events.subscribe(working.append, events.Working)
     try:
-        async with simulator(machine=Machine(prefill_speed=20.0, decode_speed=1e6), scale=1) as server:
-            await complete(ask(server, "word " * 60, settings={"timeouts": {"first_token": 30}}))
+        async with simulator(machine=Machine(prefill_speed=40.0, decode_speed=10.0), scale=20) as server:
+            await complete(ask(server, "word " * 900, settings={"timeouts": {"first_token": 30}}))
     finally:
         end()
     assert working
