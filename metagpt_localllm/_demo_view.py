@@ -56,7 +56,7 @@ class DemoView:
         self._board = Board(late=_LATE * scale)
         self._read = 0  # bytes of the file
         live = console.is_terminal and can_draw(forced=True)
-        self._shower: Shower = LiveRows(head=head) if live else LogLines(self._say, _EVERY, self._clock)
+        self._shower: Shower = LiveRows(head=head) if live else LogLines(self._say, _EVERY, self._clock, frozenset())
 
     def update(self) -> None:
         """Shows what has happened since the last time."""

@@ -26,8 +26,8 @@ from metagpt_localllm.cursor import Cursor
 
 __all__ = ["Rows", "terminal_streams"]
 
-#: Seconds between two drawings at the least.
-_THROTTLE = 0.05
+#: Seconds between two drawings at the least; a flood of lines goes by without them.
+_THROTTLE = 0.01
 #: Bytes without a newline that a stream may hold back (CPython's TextIOWrapper: 8,192) before we flush it.
 _MOST_HELD = 8000
 _DOWN, _SAVE, _RESTORE, _ERASE = "\x1bD", "\x1b7", "\x1b8", "\x1b[J"

@@ -266,6 +266,8 @@ class _Running:
             size = f" of {self.total:,} tokens" if self.total else ""
             return f"prefill{size}", "prefill", None, None
         share, eta = _guess(now - self.sent_at, expected)
+        if share < 0.01 and eta is not None and self.total:
+            return f"prefill of {self.total:,} tokens{_eta(eta, 'about ')}", f"prefill ~{clock(eta)}", share, eta
         return f"prefill about {_percent(share)}{_eta(eta)}", f"prefill ~{_percent(share)}", share, eta
 
     def generating(self, now: float) -> _Words:

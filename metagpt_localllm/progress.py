@@ -87,19 +87,23 @@ class LogLines:
     """In the log: a line when a phase begins, and every so often while it lasts.
 
     Args:
-        say: gets a call's number and what is to be said of it.
+        say: gets a call and what is to be said of it.
         every: seconds.
         clock: seconds, that of the views' times.
+        told: phases whose beginning somebody else tells of; what the log has anyway unless given.
     """
 
-    def __init__(self, say: Callable[[View, str], None], every: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._say, self._every, self._clock = say, every, clock
+    def __init__(
+        self, say: Callable[[View, str], None], every: float, clock: Callable[[], float] = time.monotonic,
+        told: frozenset[Phase] = _TOLD,
+    ) -> None:  # fmt: skip
+        self._say, self._every, self._clock, self._told = say, every, clock, told
         self._due: dict[int, float] = {}
         self.tick = min(1.0, every / 4)
 
     def changed(self, view: View) -> None:
         self._due[view.number] = self._clock() + self._every
-        if view.phase not in _TOLD:
+        if view.phase not in self._told:
             self._say(view, sentence(view))
 
     def update(self, views: Sequence[View]) -> None:

@@ -328,7 +328,7 @@ def run(tmp_path, mode, **environment):
 def test_without_a_terminal_the_log_says_the_same_facts(tmp_path):
     done = run(tmp_path, "auto")
     assert "\x1b" not in done.stdout + done.stderr
-    assert re.search(r"INFO .* - call 1 \(工程师/WriteCode1\): prefill about 0 %, 40 s left \(0 s elapsed, first_token in 10:00\)", done.stderr)
+    assert re.search(r"INFO .* - call 1 \(工程师/WriteCode1\): prefill of 3,110 tokens, about 40 s left \(0 s elapsed, first_token in 10:00\)", done.stderr)
     assert re.search(r"call 2 \(工程师/WriteCode2\): generating \d+ tokens? \(", done.stderr)
     assert done.stderr.count("generating") == 3
     assert "generating" not in run(tmp_path, "off").stderr

@@ -47,6 +47,7 @@ PHASES = [
     ([(0, events.Loading(CALL, "", 600, 100))], 140, "server loading, about 99 % · 2:20 elapsed · limit in 7:40"),
     ([(0, sent())], 30, "prefill of 3,110 tokens · 30 s elapsed · first_token in 9:30"),
     ([(0, sent(expected=100.0))], 62, "prefill about 62 %, 38 s left · 1:02 elapsed · first_token in 8:58"),
+    ([(0, sent(expected=200.0))], 1, "prefill of 3,110 tokens, about 3:19 left · 1 s elapsed · first_token in 9:59"),
     ([(0, sent(expected=10.0))], 62, "prefill about 99 % · 1:02 elapsed · first_token in 8:58"),
     (READ, 20, "prefill 50 %, 30 s left · 20 s elapsed · total in 1:59:40"),
     (READ, 22, "prefill 50 %, 28 s left · 22 s elapsed · total in 1:59:38"),
