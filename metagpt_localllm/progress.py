@@ -15,9 +15,10 @@ from typing import Any, Callable, Optional, Protocol, Sequence
 
 from metagpt_localllm import events
 from metagpt_localllm.events import Event
+from metagpt_localllm.lines import sentence
 from metagpt_localllm.live import Rows, terminal_streams
 from metagpt_localllm.notebook import Output, in_notebook
-from metagpt_localllm.phases import Board, Phase, View, sentence
+from metagpt_localllm.phases import Board, Phase, View
 from metagpt_localllm.rows import Painter
 from metagpt_localllm.settings import ProgressSettings
 
@@ -25,6 +26,8 @@ __all__ = ["LiveRows", "LogLines", "Progress", "can_draw", "hide", "show"]
 
 #: Seconds between two drawings while nothing but the time goes on.
 _TICK = 0.25
+#: Seconds from a change to its drawing.
+_PAUSE = 0.05
 #: Seconds between two lines of the log in scaled time, at the least.
 _LEAST_EVERY = 2.0
 #: Phases that :mod:`metagpt_localllm.telling` has a line for when they begin.
@@ -181,7 +184,8 @@ class Progress:
     def _tick(self) -> None:
         while not self._ended:
             shower = self._shower
-            self._wake.wait(shower.tick if shower is not None else None)
+            if self._wake.wait(shower.tick if shower is not None else None):
+                time.sleep(_PAUSE)  # what ends sooner is not worth a drawing
             self._wake.clear()
             try:
                 with self._guard:  # not while it ends
@@ -196,6 +200,8 @@ class Progress:
 
 
 _progress: Optional[Progress] = None
+_decided = False
+_is_child = False
 _ends: list[Callable[[], None]] = []
 
 
@@ -205,8 +211,11 @@ def show(settings: ProgressSettings, logger: Any) -> None:
     Args:
         logger: MetaGPT's (loguru's).
     """
-    global _progress
-    if _progress is not None or settings.mode == "off":
+    global _progress, _decided
+    if _decided:
+        return
+    _decided = True
+    if settings.mode == "off":
         return
     from metagpt_localllm.run import time_scale  # not for the demo, which does without MetaGPT
 
@@ -217,7 +226,7 @@ def show(settings: ProgressSettings, logger: Any) -> None:
         (logger.warning if view.phase is Phase.STALLED else logger.info)(f"call {view.number} ({caller}): {text}")
 
     def choose() -> Optional[Shower]:
-        if mode != "log":
+        if mode != "log" and not _is_child:
             try:
                 if in_notebook():
                     return Output()
@@ -233,7 +242,8 @@ def show(settings: ProgressSettings, logger: Any) -> None:
 
 def hide() -> None:
     """Ends what :func:`show` began; after that it may begin in another way. Idempotent."""
-    global _progress
+    global _progress, _decided
+    _decided = False
     while _ends:
         _ends.pop()()
     if _progress is not None:
@@ -242,6 +252,9 @@ def hide() -> None:
 
 
 def _in_child() -> None:
+    """The terminal is the parent's, which may draw there."""
+    global _is_child
+    _is_child = True
     if _progress is not None:
         _progress.forget()
 

@@ -7,7 +7,8 @@ from typing import Sequence, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from metagpt_localllm.phases import Phase, View, line
+from metagpt_localllm.lines import line
+from metagpt_localllm.phases import Phase, View
 
 __all__ = ["Painter", "texts"]
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from metagpt_localllm import events
-from metagpt_localllm.phases import Board, Phase, clock, line, sentence
+from metagpt_localllm.lines import line, sentence
+from metagpt_localllm.phases import Board, Phase, clock
 from metagpt_localllm.rows import texts
 from metagpt_localllm.tiers import Caller
 

@@ -1,15 +1,17 @@
 """From the events of real calls to what is shown: by the clock, in threads, in a notebook, and gone when they end."""
 
 import asyncio
+import logging
 import threading
 import time
 
 import pytest
 
-from metagpt_localllm import events
+from metagpt_localllm import events, progress
 from metagpt_localllm.call import complete
 from metagpt_localllm.phases import Phase
 from metagpt_localllm.progress import LogLines, Progress
+from metagpt_localllm.settings import ProgressSettings
 from metagpt_localllm.simulator import Fault, Machine
 from metagpt_localllm.tiers import Caller
 
@@ -38,8 +40,7 @@ def follow():
     ends = []
 
     def make(shower):
-        progress = Progress(lambda: shower)
-        ends.append(events.subscribe(progress.take, *events.KINDS))
+        ends.append(events.subscribe(Progress(lambda: shower).take, *events.KINDS))
         return shower
 
     yield make
@@ -120,6 +121,15 @@ async def test_the_log_has_a_line_for_a_phase_and_one_every_so_often_while_it_la
     assert phases[0] == "prefill" and phases.count("prefill") == 1
     assert 3 <= phases.count("generating") <= 6
     assert "generating 1 token (" in said[1] and "tok/s" in said[-1]
+
+
+def test_the_first_setting_of_a_process_wins():
+    logger = logging.getLogger("metagpt_localllm.test")
+    for first, others in (("off", "log"), ("log", "off")):
+        progress.hide()
+        for mode in (first, others):
+            progress.show(ProgressSettings(mode=mode), logger)
+        assert events.wanted(events.Token) == (first == "log")
 
 
 def test_in_a_notebook_one_output_is_updated_and_emptied():
