@@ -11,18 +11,31 @@ import json
 import os
 import sys
 import threading
+import time
 from typing import IO
 
 from metagpt_localllm import events
 
+#: Seconds between two tokens of a call that are written down.
+_TOKENS = 0.05
+
 
 def _record(file: IO[str]) -> None:
+    latest: dict[int, tuple[type, float]] = {}  # kind and time of what was written last, by call
+
     def write(event: events.Event) -> None:
-        line = {"event": type(event).__name__, **dataclasses.asdict(event)}
+        now, kind, number = time.monotonic(), type(event), event.call.number
+        if isinstance(event, events.Token):
+            before, at = latest.get(number, (kind, 0.0))
+            if before is kind and now - at < _TOKENS:
+                return
+            event = dataclasses.replace(event, text="")
+        latest[number] = kind, now
+        line = {"event": kind.__name__, "at": now, **dataclasses.asdict(event)}
         file.write(json.dumps(line, default=str) + "\n")
         file.flush()
 
-    events.subscribe(write)
+    events.subscribe(write, *events.KINDS)
 
 
 def _end_with_the_demo() -> None:

@@ -68,6 +68,8 @@ async def _watch(run: Run, scope: anyio.CancelScope) -> None:
     def proof(loading: bool) -> None:
         life.work(anyio.current_time())
         scope.deadline = life.deadline
+        if events.wanted(events.Working):
+            events.publish(events.Working(run.info))
         if loading and not run.told_loading:
             run.told_loading = True
             run.tell_wait("the server loads the model", scope.deadline - anyio.current_time(), loading=True)

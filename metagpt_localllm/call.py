@@ -75,6 +75,8 @@ async def complete(call: Call) -> Outcome:
         run.record.ended(
             run.answer, error, run.trims, ttft=life.ttft, longest_gap=life.longest_gap, queued=life.waited
         )  # fmt: skip
+        if not isinstance(error, errors.LocalLLMError):
+            events.publish(events.Cancelled(run.info))
         raise
 
 
@@ -156,7 +158,7 @@ async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
     events.publish(
         events.Sent(
             run.info, life.attempt, call.settings.retry.attempts, prompt.tokens, run.expected, deadlines.first_token,
-            deadlines.stall, deadlines.total, deadlines.why,
+            deadlines.stall, deadlines.total, deadlines.why, deadlines.progress, life.remaining(anyio.current_time()),
         )
     )  # fmt: skip
     run.saved = 0

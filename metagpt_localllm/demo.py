@@ -18,6 +18,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from metagpt_localllm._demo_view import DemoView
+from metagpt_localllm.phases import clock
 from metagpt_localllm.simulator import Machine, Simulator, SimulatorThread, parse_fault
 from metagpt_localllm.simulator.answers import FILES
 
@@ -33,6 +35,8 @@ FAULTS = (
     "refuse:on=17,duration=60s",
     "html:on=18",
 )
+#: Seconds between two looks at what MetaGPT does.
+_LOOK = 0.1
 #: A 34B model, half of it on the CPU.
 MACHINE = Machine(prefill_speed=40.0, decode_speed=2.5, load_time=90.0, slots=1, context=4096)
 
@@ -90,7 +94,7 @@ def run_demo(options: DemoOptions) -> int:
     console.print(
         f"MetaGPT with [bold]{options.provider}[/] on a simulated 34B model "
         f"({machine.prefill_speed:g} tokens/s prefill, {machine.decode_speed:g} decode, {machine.context} context), "
-        f"{scale:g} times faster than real. Faults: {', '.join(FAULTS)}."
+        f"{scale:g} times faster than real; all times below but the wall time are that machine's. Faults: {', '.join(FAULTS)}."
     )
     started = time.monotonic()
     with SimulatorThread(machine, scale=scale, faults=[parse_fault(text) for text in FAULTS]) as simulator:
@@ -144,21 +148,37 @@ def _run_metagpt(
     command = [sys.executable, "-W", "ignore", "-m", "metagpt_localllm._demo_child", options.idea, str(company.rounds),
                str(events_file)]  # fmt: skip
     end = time.monotonic() + options.limit
+
+    began: Optional[float] = None
+
+    def head() -> str:
+        nonlocal began
+        stats = simulator.stats
+        if not stats.requests:
+            return "MetaGPT is starting (it takes some 10 s to import) …"
+        began = began or time.monotonic()
+        passed = clock((time.monotonic() - began) * simulator.scale)
+        tokens = stats.prefill_tokens + stats.decode_tokens
+        return f"{passed} on the simulated machine: {stats.completed} answers, {stats.requests} requests, {tokens:,} tokens"
+
+    events_file.unlink(missing_ok=True)
     with log_file.open("wb") as log:
         output = None if options.verbose else log
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, stdin=subprocess.PIPE)
+        # With --verbose it has the terminal for itself, and draws its own rows there.
+        view = None if options.verbose else DemoView(console, events_file, simulator.scale, head)
         try:
-            with console.status("MetaGPT is starting (it takes some 10 s to import) …") as status:
-                while process.poll() is None:
-                    if time.monotonic() > end:
-                        return None
-                    stats = simulator.stats
-                    status.update(
-                        f"{stats.completed} answers, {stats.requests} requests, "
-                        f"{stats.prefill_tokens + stats.decode_tokens:,} tokens …"
-                    )
-                    time.sleep(0.2)
+            while process.poll() is None:
+                if time.monotonic() > end:
+                    return None
+                if view is not None:
+                    view.update()
+                time.sleep(_LOOK)
+            if view is not None:
+                view.update()
         finally:
+            if view is not None:
+                view.end()
             if process.poll() is None:
                 process.kill()
             process.wait()

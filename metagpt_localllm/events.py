@@ -8,6 +8,7 @@ Nothing in the package prints by itself; it publishes here, and subscribers do a
                             └─ Retry | Waiting | Loading | Failed        (Stalled*, Trimmed*, Continued* on the way)
 
     Replayed                                                             (alone: nothing is sent)
+    Cancelled                                                            (at any time: whoever asked wants no answer any more)
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Callable, Mapping, Optional, Union, get_args
 from metagpt_localllm.tiers import Caller
 
 __all__ = [
-    "KINDS", "CallInfo", "Continued", "Done", "Event", "Failed", "Loading", "Prefill", "Queued", "Replayed", "Retry", "Sent", "Stalled",
-    "Token", "Trimmed", "Waiting", "publish", "subscribe", "wanted",
+    "KINDS", "CallInfo", "Cancelled", "Continued", "Done", "Event", "Failed", "Loading", "Prefill", "Queued", "Replayed", "Retry", "Sent",
+    "Stalled", "Token", "Trimmed", "Waiting", "Working", "publish", "subscribe", "wanted",
 ]  # fmt: skip
 
 
@@ -69,6 +70,8 @@ class Sent:
         expected: seconds until the first token, by what was learned; None before that.
         first_token, stall, total: its deadlines in seconds.
         why: how those that were learned came about, by name.
+        progress: the deadline from one sign of prefill's progress to the next, in seconds.
+        remaining: seconds that the caller of the whole call still allows; None where it set no limit.
     """
 
     call: CallInfo
@@ -80,6 +83,8 @@ class Sent:
     stall: float
     total: float
     why: Mapping[str, str]
+    progress: Optional[float] = None
+    remaining: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,13 @@ class Prefill:
     call: CallInfo
     processed: int
     total: int
+
+
+@dataclass(frozen=True)
+class Working:
+    """A look at the silent server has proved that it works: the deadline for its silence begins anew."""
+
+    call: CallInfo
 
 
 @dataclass(frozen=True)
@@ -237,12 +249,21 @@ class Failed:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Cancelled:
+    """The call was ended from outside: a cancelled task, Ctrl-C, an event loop that was closed."""
+
+    call: CallInfo
+
+
 Event = Union[
-    Queued, Loading, Sent, Prefill, Token, Stalled, Continued, Replayed, Retry, Waiting, Trimmed, Done, Failed
+    Queued, Loading, Sent, Prefill, Working, Token, Stalled, Continued, Replayed, Retry, Waiting, Trimmed, Done, Failed, Cancelled
 ]  # fmt: skip
 Callback = Callable[[Event], None]
 #: All kinds of events.
 KINDS: tuple[type[Event], ...] = get_args(Event)
+#: Those that come so often that they have to be asked for.
+_FREQUENT = (Token, Working)
 
 _subscribers: defaultdict[type[Event], list[Callback]] = defaultdict(list)
 _log = logging.getLogger(__name__)
@@ -254,9 +275,9 @@ def subscribe(callback: Callback, *kinds: type[Event]) -> Callable[[], None]:
     It runs on the event loop of the call and must not block. An exception in it harms no call.
 
     Args:
-        kinds: none for all but :class:`Token`, which comes many times a second and has to be asked for.
+        kinds: none for all but :class:`Token` and :class:`Working`, which come often and have to be asked for.
     """
-    chosen = kinds or tuple(kind for kind in KINDS if kind is not Token)
+    chosen = kinds or tuple(kind for kind in KINDS if kind not in _FREQUENT)
     for kind in chosen:
         _subscribers[kind].append(callback)
 

@@ -138,6 +138,10 @@ class CallLife:
         """Seconds from the request to the first token of this attempt."""
         return None if self.first_token_at is None else self.first_token_at - self.sent_at
 
+    def remaining(self, now: float) -> Optional[float]:
+        """Seconds that the caller of the whole call still allows; None where it set no limit."""
+        return self.call_end - now if self._call_timeout else None
+
     def silence(self, now: float) -> float:
         """Seconds since the last sign of life."""
         return now - self._alive_at

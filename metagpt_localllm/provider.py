@@ -25,13 +25,14 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
 from metagpt_localllm import call as calls
-from metagpt_localllm import events, servers, session
+from metagpt_localllm import events, progress, servers, session
 from metagpt_localllm.caller import find_caller, find_retry_loop
 from metagpt_localllm.closing import watch_for_failures
 from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess, window_is_too_large
 from metagpt_localllm.errors import LocalLLMError
 from metagpt_localllm.policies import named
 from metagpt_localllm.settings import LocalSettings
+from metagpt_localllm.telling import log_to
 from metagpt_localllm.tokens import estimate_prompt, estimate_text
 from metagpt_localllm.transport import Endpoint, client_for
 
@@ -63,6 +64,7 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         self._settings: LocalSettings = config.local or LocalSettings()
         session.check_variable(self._settings.journal)
         watch_for_failures()
+        progress.show(self._settings.progress, logger)
         self.trims: Sequence[events.Trimmed] = ()
 
     # ------------------------------------------------------------------ what stock sets up eagerly
@@ -278,51 +280,5 @@ def _warn_of_window(call: calls.Call) -> None:
     )
 
 
-def _log(event: events.Event) -> None:
-    who = f"call {event.call.number} ({event.call.caller})"
-    if isinstance(event, events.Sent):
-        for why in event.why.values():
-            logger.debug(f"{who}: {why}")
-    elif isinstance(event, events.Queued):
-        logger.info(f"{who}: waits for its turn behind {event.ahead} at this server.")
-    elif isinstance(event, events.Continued):
-        logger.info(f"{who}: goes on with the {event.tokens:,} tokens that there are of the answer.")
-    elif isinstance(event, events.Replayed):
-        logger.info(f"{who}: answered from the journal (call {event.number} there, {event.tokens:,} tokens); nothing is sent.")
-    elif isinstance(event, events.Retry):
-        logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
-    elif isinstance(event, events.Loading):
-        usual = f", usually {event.usual:.0f} s" if event.usual else ""
-        logger.info(f"{who}: {event.cause}. Waiting for it{usual}, {event.limit:.0f} s at the most.")
-    elif isinstance(event, events.Waiting):
-        logger.warning(f"{who}: {event.cause}. Waiting for it, {event.limit:.0f} s at the most.")
-    elif isinstance(event, events.Trimmed):
-        logger.warning(
-            f"{who}: the prompt of {event.prompt_tokens + event.removed_tokens:,} tokens was over the {event.budget:,} that "
-            f"the context window of {event.window:,} leaves beside the answer: {_lost(event)}; {event.prompt_tokens:,} remain."
-        )
-    elif isinstance(event, events.Done):
-        first = f", first token after {event.ttft:.1f} s" if event.ttft is not None else ""
-        omitted = f", {event.changed_messages:,} messages left out or shortened" if event.changed_messages else ""
-        logger.info(
-            f"{who}: {event.prompt_tokens:,} tokens in, {event.completion_tokens:,} out in {event.elapsed:.1f} s"
-            f"{first} (tier {event.call.tier}, {event.finish_reason}{omitted})"
-        )
-        if event.cut_by == "max_tokens":
-            logger.warning(f"{who}: the answer was cut at its largest length; raise llm.max_token.")
-        elif event.cut_by == "server":
-            logger.warning(f"{who}: the answer was cut by a limit that the server has of its own, short of llm.max_token.")
-        elif event.cut_by == "window":
-            logger.warning(
-                f"{who}: the answer was cut where the context window ended; load the model with a larger one, or keep more of "
-                "it free (llm.local.context.reserve)."
-            )
-
-
-def _lost(trim: events.Trimmed) -> str:
-    counts = {"left out": trim.dropped_messages, "shortened": trim.shortened_messages, "made one line": trim.replaced_messages}
-    return ", ".join(f"{count} message{'s' * (count > 1)} {how}" for how, count in counts.items() if count)
-
-
 session.tell_by(logger.warning)
-_unsubscribe: Callable[[], None] = events.subscribe(_log)
+_unsubscribe: Callable[[], None] = events.subscribe(log_to(logger))

@@ -31,7 +31,7 @@ from metagpt_localllm.tokenizer_file import load_tokenizer
 from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.transport import Endpoint
 
-__all__ = ["Call", "Prompt", "Run", "encoded", "request_to"]
+__all__ = ["Call", "Prompt", "Run", "encoded", "request_to", "time_scale"]
 
 #: The time-out that counts for a deadline that has none of its own.
 _ENDED_BY = {"progress": "first_token"}
@@ -112,7 +112,7 @@ class Run:
         self.tier = choose_tier(
             settings.tiers, call.caller, model=endpoint.model, prompt_tokens=self.chat.tokens, has_tools=bool(tools)
         )
-        self.time_scale = _time_scale()
+        self.time_scale = time_scale()
         self.deadlines = plan_deadlines(settings.timeouts, self.tier, call.attempt_cap)
         backoff = settings.retry.backoff
         self.life = CallLife(
@@ -234,7 +234,7 @@ def request_to(endpoint: Endpoint) -> httpx.Request:
     return httpx.Request("POST", endpoint.address.rstrip("/") + "/chat/completions")
 
 
-def _time_scale() -> float:
+def time_scale() -> float:
     """How many times faster than real the time of the server passes, for simulations: what ``auto`` means is divided by it."""
     try:
         scale = float(os.environ.get("METAGPT_LOCALLLM_TIME_SCALE", "1"))

@@ -33,6 +33,7 @@ __all__ = [
     "KeepSettings",
     "LocalSettings",
     "Match",
+    "ProgressSettings",
     "RetrySettings",
     "Tier",
     "Timeouts",
@@ -162,12 +163,12 @@ def refuse_misplaced(llm: Dict[str, Any], known: List[str]) -> None:
 
 def _unknown(key: str, section: type[_Section]) -> str:
     here = list(section.model_fields)
-    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
-    if near:
-        return f"there is no setting '{key}' here; did you mean '{near[0]}'?"
     homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
     if homes:
         return f"there is no setting '{key}' here; it belongs to '{homes[0]}'"
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    if near:
+        return f"there is no setting '{key}' here; did you mean '{near[0]}'?"
     far = difflib.get_close_matches(key, [path.rsplit(".", 1)[-1] for path in _paths()], n=1, cutoff=0.7)
     if far:
         home = next(path for path in _paths() if path.endswith("." + far[0]))
@@ -317,6 +318,18 @@ class JournalSettings(_Section):
     keep: KeepSettings = KeepSettings()
 
 
+class ProgressSettings(_Section):
+    """What is shown while a call runs. One process has one way: that of the first provider that is made."""
+
+    mode: Literal["auto", "live", "log", "off"] = Field("auto", description="auto: live on a terminal and in a notebook, else log")
+    every: Deadline = Field(30.0, description="seconds between two lines of the log while a phase lasts")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        return {True: "auto", False: "off"}[value] if isinstance(value, bool) else value  # YAML 1.1 reads on and off so
+
+
 class LocalSettings(_Section):
     """All of ``llm.local``. Every key may be left out.
 
@@ -330,6 +343,7 @@ class LocalSettings(_Section):
     retry: RetrySettings = RetrySettings()
     context: ContextSettings = ContextSettings()
     journal: JournalSettings = JournalSettings()
+    progress: ProgressSettings = ProgressSettings()
     server: StrictStr = Field("auto", description="what the server is; auto asks it")
     concurrency: Union[Literal["auto"], Count] = Field("auto", description="requests that we let it have at once")
 
@@ -339,6 +353,11 @@ class LocalSettings(_Section):
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{value!r} is neither 'auto' nor a number of requests of at least 1")
         return value
+
+    @field_validator("progress", mode="before")
+    @classmethod
+    def _mode_alone(cls, value: object) -> object:
+        return {"mode": value} if isinstance(value, (bool, str)) else value
 
     @field_validator("server")
     @classmethod
@@ -396,5 +415,6 @@ def _paths() -> List[str]:
         "local.context": ContextSettings,
         "local.journal": JournalSettings,
         "local.journal.keep": KeepSettings,
+        "local.progress": ProgressSettings,
     }
     return [f"{prefix}.{name}" for prefix, section in sections.items() for name in section.model_fields]

@@ -20,7 +20,7 @@ os.environ.update(HOME=str(_home), METAGPT_PROJECT_ROOT=str(_home))
 
 import pytest  # noqa: E402
 
-from metagpt_localllm import events, history, session  # noqa: E402
+from metagpt_localllm import events, history, progress, session  # noqa: E402
 from metagpt_localllm.call import Call  # noqa: E402
 from metagpt_localllm.servers import detection  # noqa: E402
 from metagpt_localllm.settings import LocalSettings  # noqa: E402
@@ -52,6 +52,7 @@ def _no_memory_of_servers(tmp_path, monkeypatch):
     for module in (history, session):
         monkeypatch.setattr(module, "state_at", lambda path: kept if path.startswith("~") else state_at(path))
     yield
+    progress.hide()
     for opened in session._sessions.values():
         atexit.unregister(opened.end)
         opened._release()

@@ -1,6 +1,7 @@
 """The edge: what users write in config2.yaml."""
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -54,6 +55,10 @@ def test_a_number_of_seconds_stays_what_it_is(seconds):
         ({"tiers": [{"name": "a", "total": 5, "stall": 6}]}, ("tiers", 0, "stall"), "over total"),
         ({"tiers": [{"name": "a"}, {"name": "a"}]}, ("tiers", 1, "name"), "already"),
         ({"context": {"window": "huge"}}, ("context", "window"), "auto"),
+        ({"progress": "lvie"}, ("progress", "mode"), "'live'"),
+        ({"progress": {"evry": 3}}, ("progress", "evry"), "'every'"),
+        ({"progress": {"every": 0}}, ("progress", "every"), "zero"),
+        ({"every": 3}, ("every",), "local.progress.every"),
     ],
 )
 def test_a_mistake_is_refused_with_its_path_and_remedy(settings, path, word):
@@ -62,6 +67,17 @@ def test_a_mistake_is_refused_with_its_path_and_remedy(settings, path, word):
     problem = caught.value.errors()[0]
     assert problem["loc"][: len(path)] == path
     assert word in problem["msg"]
+
+
+@pytest.mark.parametrize(
+    "written, mode, every",
+    [("auto", "auto", 30), ("progress: live", "live", 30), ("progress: off", "off", 30), ("progress: on", "auto", 30),
+     ("progress: {mode: off, every: 2m}", "off", 120), ("progress: {every: 5}", "auto", 5), ("progress:", "auto", 30)],
+)  # fmt: skip
+def test_progress_is_one_word_or_a_block_and_yaml_may_read_off_as_false(written, mode, every):
+    settings = LocalSettings.model_validate(yaml.safe_load(written) if ":" in written else {})
+    assert (settings.progress.mode, settings.progress.every) == (mode, every)
+    assert LocalSettings.model_validate(settings.model_dump()) == settings
 
 
 @pytest.mark.parametrize(
