@@ -61,6 +61,10 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         super().__init__(config)
         self._settings: LocalSettings = config.local or LocalSettings()
         session.check_variable(self._settings.journal)
+        if self._settings.telemetry.enabled:
+            from metagpt_localllm import telemetry  # needs what is installed only where it is wanted
+
+            telemetry.tell_by(logger.warning)
         self.trims: Sequence[events.Trimmed] = ()
 
     # ------------------------------------------------------------------ what stock sets up eagerly

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from typing import Any, Dict, List, Literal, Optional, Tuple, Union
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -34,6 +35,7 @@ __all__ = [
     "LocalSettings",
     "Match",
     "RetrySettings",
+    "TelemetrySettings",
     "Tier",
     "Timeouts",
     "format_duration",
@@ -317,6 +319,38 @@ class JournalSettings(_Section):
     keep: KeepSettings = KeepSettings()
 
 
+class TelemetrySettings(_Section):
+    """Spans of OpenTelemetry, one for each call. They need the extra ``otel``."""
+
+    enabled: StrictBool = False
+    endpoint: Optional[StrictStr] = Field(None, description="URL of an OTLP/HTTP receiver; none: the application's own TracerProvider")
+    content: StrictBool = Field(False, description="whether prompts, answers and the words of errors go along")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _address(cls, value: Optional[str]) -> Optional[str]:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError("that is no address of the form http://localhost:4318 (OTLP over HTTP)")
+        return value
+
+    @model_validator(mode="after")
+    def _installed(self) -> TelemetrySettings:
+        if self.enabled:
+            try:
+                import metagpt_localllm.telemetry  # noqa: F401
+            except ImportError as error:
+                what = f"telemetry needs OpenTelemetry ({error})"
+                raise ValueError(f"{what}: run pip install 'metagpt-localllm[otel]', or set enabled to false") from None
+        return self
+
+
 class LocalSettings(_Section):
     """All of ``llm.local``. Every key may be left out.
 
@@ -330,6 +364,7 @@ class LocalSettings(_Section):
     retry: RetrySettings = RetrySettings()
     context: ContextSettings = ContextSettings()
     journal: JournalSettings = JournalSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     server: StrictStr = Field("auto", description="what the server is; auto asks it")
     concurrency: Union[Literal["auto"], Count] = Field("auto", description="requests that we let it have at once")
 
@@ -396,5 +431,6 @@ def _paths() -> List[str]:
         "local.context": ContextSettings,
         "local.journal": JournalSettings,
         "local.journal.keep": KeepSettings,
+        "local.telemetry": TelemetrySettings,
     }
     return [f"{prefix}.{name}" for prefix, section in sections.items() for name in section.model_fields]
