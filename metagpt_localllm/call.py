@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import AsyncIterator, Mapping, Optional, Sequence
+from typing import AsyncIterator, ContextManager, Mapping, Optional, Sequence
 
 import anyio
 from openai.types import CompletionUsage
@@ -64,6 +64,20 @@ async def complete(call: Call) -> Outcome:
     if not is_open(call.settings.journal):
         await anyio.to_thread.run_sync(session_for, call.settings.journal)
     run = Run(call)
+    with _traced(run):
+        return await _answered(run)
+
+
+def _traced(run: Run) -> ContextManager[None]:
+    """A span of OpenTelemetry around the call, where that is wanted; else nothing of it is even imported."""
+    if not run.call.settings.telemetry.enabled:
+        return contextlib.nullcontext()
+    from metagpt_localllm.telemetry import span_of
+
+    return span_of(run)
+
+
+async def _answered(run: Run) -> Outcome:
     if run.record.replay is not None:
         return _replay(run, run.record.replay)
     try:

@@ -65,6 +65,10 @@ class LocalLLM(OpenAILLM):  # type: ignore[misc]
         session.check_variable(self._settings.journal)
         watch_for_failures()
         progress.show(self._settings.progress, logger)
+        if self._settings.telemetry.enabled:
+            from metagpt_localllm import telemetry  # needs what is installed only where it is wanted
+
+            telemetry.tell_by(logger.warning)
         self.trims: Sequence[events.Trimmed] = ()
 
     # ------------------------------------------------------------------ what stock sets up eagerly

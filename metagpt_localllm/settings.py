@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from typing import Any, Dict, List, Literal, Optional, Tuple, Union
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -35,6 +36,7 @@ __all__ = [
     "Match",
     "ProgressSettings",
     "RetrySettings",
+    "TelemetrySettings",
     "Tier",
     "Timeouts",
     "format_duration",
@@ -330,6 +332,38 @@ class ProgressSettings(_Section):
         return {True: "auto", False: "off"}[value] if isinstance(value, bool) else value  # YAML 1.1 reads on and off so
 
 
+class TelemetrySettings(_Section):
+    """Spans of OpenTelemetry, one for each call. They need the extra ``otel``."""
+
+    enabled: StrictBool = False
+    endpoint: Optional[StrictStr] = Field(None, description="URL of an OTLP/HTTP receiver; none: the application's own TracerProvider")
+    content: StrictBool = Field(False, description="whether prompts, answers and the words of errors go along")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _address(cls, value: Optional[str]) -> Optional[str]:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError("that is no address of the form http://localhost:4318 (OTLP over HTTP)")
+        return value
+
+    @model_validator(mode="after")
+    def _installed(self) -> TelemetrySettings:
+        if self.enabled:
+            try:
+                import metagpt_localllm.telemetry  # noqa: F401
+            except ImportError as error:
+                what = f"telemetry needs OpenTelemetry ({error})"
+                raise ValueError(f"{what}: run pip install 'metagpt-localllm[otel]', or set enabled to false") from None
+        return self
+
+
 class LocalSettings(_Section):
     """All of ``llm.local``. Every key may be left out.
 
@@ -344,6 +378,7 @@ class LocalSettings(_Section):
     context: ContextSettings = ContextSettings()
     journal: JournalSettings = JournalSettings()
     progress: ProgressSettings = ProgressSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     server: StrictStr = Field("auto", description="what the server is; auto asks it")
     concurrency: Union[Literal["auto"], Count] = Field("auto", description="requests that we let it have at once")
 
@@ -416,5 +451,6 @@ def _paths() -> List[str]:
         "local.journal": JournalSettings,
         "local.journal.keep": KeepSettings,
         "local.progress": ProgressSettings,
+        "local.telemetry": TelemetrySettings,
     }
     return [f"{prefix}.{name}" for prefix, section in sections.items() for name in section.model_fields]

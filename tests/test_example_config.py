@@ -18,7 +18,7 @@ def test_it_loads():
     assert [tier.name for tier in config.local.tiers] == ["quick", "coding"]
 
 
-@pytest.mark.parametrize("section", ["timeouts", "retry", "context", "journal", "progress"])
+@pytest.mark.parametrize("section", ["timeouts", "retry", "context", "journal", "progress", "telemetry"])
 def test_what_it_calls_defaults_are_the_defaults(section):
     shown = LocalSettings.model_validate({section: EXAMPLE["local"][section]})
     assert getattr(shown, section) == getattr(LocalSettings(), section)
