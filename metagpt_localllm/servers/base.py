@@ -102,12 +102,14 @@ class Ask:
     Attributes:
         connected: whether any connection stood.
         software: the ``server`` header of the latest answer, or "".
+        refused: whether any answer was a 401 with a JSON object, as model servers ask for their key.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.connected = False
         self.software = ""
+        self.refused = False
         self._models: Optional[Mapping[str, Any]] = None
         self._listed = False
 
@@ -146,6 +148,8 @@ class Ask:
         self.software = response.headers.get("server", "")
         if response.status_code == 503:
             raise Loading("503")
+        if response.status_code == 401:
+            self.refused = self.refused or response.text.lstrip().startswith("{")
         if response.status_code >= 500 or response.status_code in (401, 403):
             raise Unanswered(f"{response.status_code}")
         if response.status_code != 200:
