@@ -174,7 +174,9 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         reason = f"no answer within {limit:g} s"
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
-        reason = str(error) or type(error).__name__
+        # Not the text of what httpx says of a header: it quotes the key.
+        odd = isinstance(error, (httpx.LocalProtocolError, UnicodeError))
+        reason = "odd characters in llm.api_key or the address" if odd else str(error) or type(error).__name__
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     server = (await identify(endpoint, named)).server
     if listing is None and server.name == Server.name and named == "auto":
