@@ -23,10 +23,12 @@ from metagpt_localllm.settings import LocalSettings, refuse_misplaced
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
-    "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "llm_blocks", "our_blocks",
+    "NOT_OURS", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "llm_blocks", "our_blocks",
     "read_config", "see",
 ]  # fmt: skip
 
+#: The problem of a configuration that does not use this package at all.
+NOT_OURS = "nothing in it has api_type: local_llm, so MetaGPT uses its own providers"
 #: Seconds for the list of models.
 _LIMIT = 5.0
 
@@ -87,7 +89,7 @@ def config_problems(loaded: Mapping[str, Any]) -> list[str]:
     for where, block in llm_blocks(loaded):
         problems.extend(f"{where}.{problem}" for problem in _block_problems(block))
     if not problems and not our_blocks(loaded):
-        problems.append("nothing in it has api_type: local_llm, so MetaGPT uses its own providers")
+        problems.append(NOT_OURS)
     return problems
 
 

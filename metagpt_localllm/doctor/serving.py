@@ -170,11 +170,11 @@ def judge_answers(subject: Subject) -> list[Finding]:
         )  # fmt: skip
     if measured.cached is not None and measured.cached < _CACHED and not measured.buffered:
         first, again = measured.again or (0.0, 0.0)
-        told = "the server says that nothing of it came from its cache; " if measured.cache_told else ""
+        says = "the server says that nothing of it came from its cache; " if measured.cache_told else ""
         findings.append(
             Finding(
                 Severity.WARNING, "cache", "The server reads the same beginning of a prompt again each time",
-                f"{told}a prompt took {first:.1f} s to read, and {again:.1f} s again with the same beginning and another end. "
+                f"{says}a prompt took {first:.1f} s to read, and {again:.1f} s again with the same beginning and another end. "
                 "MetaGPT's prompts mostly repeat their beginning",
                 subject.server.remedy_for_cache(), about=about,
             )

@@ -78,4 +78,4 @@ class Subject:
 
     def change(self, setting: str, value: Any) -> tuple[Change, ...]:
         """The change of a setting of its block, such as ``base_url`` or ``local.context.window``."""
-        return (Change(f"{self.about}.{setting}", value),)
+        return (Change.at(self.about, setting, value),)
