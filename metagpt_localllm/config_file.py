@@ -217,17 +217,6 @@ def _at(path: Path, problem: YamlProblem) -> str:
 
 def _problems(content: dict[Any, Any]) -> list[str]:
     """What ``metagpt-localllm check`` would say of the content."""
-    # To become metagpt_localllm.checking.config_problems, once that is there.
-    from pydantic import ValidationError
+    from metagpt_localllm.checking import config_problems  # pydantic and httpx, which reading needs not wait for
 
-    from metagpt_localllm.cli import _block_problems, _llm_blocks, _shape
-
-    if not isinstance(content.get("llm"), dict):
-        return ["there is no block 'llm'"]
-    problems = []
-    try:
-        _shape().model_validate(content)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg'].removeprefix('Value error, ')}"
-                    for wrong in error.errors()]  # fmt: skip
-    return problems + [f"{where}.{wrong}" for where, block in _llm_blocks(content) for wrong in _block_problems(block)]
+    return config_problems(content) if isinstance(content.get("llm"), dict) else ["there is no block 'llm'"]

@@ -256,17 +256,21 @@ def _into_flow(text: str, node: MappingNode, entry: str) -> str:
 # ------------------------------------------------------------------------------------------------ the values
 
 
+class _OneLine(yaml.SafeDumper):
+    """Puts text of several lines into the quotes that have escapes for their ends."""
+
+    def represent_scalar(self, tag: str, value: Any, style: Optional[str] = None) -> ScalarNode:
+        if isinstance(value, str) and (len(f"{value}.".splitlines()) > 1 or value.strip(" ") != value.strip()):
+            style = '"'
+        return super().represent_scalar(tag, value, style)  # type: ignore[no-any-return]
+
+
 def _flow(value: Any, style: Optional[str] = None, *, braces: bool = True) -> str:
     """A value on one line; ``style``: the quotes to use; ``braces``: whether it may stand between them."""
-    if isinstance(value, str) and (len(value.splitlines()) > 1 or value.strip(" ") != value.strip()):
-        style = '"'
     style = style if isinstance(value, str) else None
     braces = braces or isinstance(value, (dict, list))
-    dumped = str(
-        yaml.safe_dump(
-            [value], default_flow_style=braces, default_style=style, width=1 << 30, allow_unicode=True, sort_keys=False
-        )
-    )
+    options: dict[str, Any] = {"default_flow_style": braces, "default_style": style, "sort_keys": False}
+    dumped = str(yaml.dump([value], Dumper=_OneLine, width=1 << 30, allow_unicode=True, **options))
     return dumped.strip()[1:-1] if braces else dumped[2:].rstrip("\n")
 
 
