@@ -23,10 +23,12 @@ from metagpt_localllm.settings import LocalSettings, refuse_misplaced
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
-    "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "llm_blocks", "our_blocks",
+    "NOT_OURS", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "llm_blocks", "our_blocks",
     "read_config", "see",
 ]  # fmt: skip
 
+#: The problem of a configuration that does not use this package at all.
+NOT_OURS = "nothing in it has api_type: local_llm, so MetaGPT uses its own providers"
 #: Seconds for the list of models.
 _LIMIT = 5.0
 
@@ -87,7 +89,7 @@ def config_problems(loaded: Mapping[str, Any]) -> list[str]:
     for where, block in llm_blocks(loaded):
         problems.extend(f"{where}.{problem}" for problem in _block_problems(block))
     if not problems and not our_blocks(loaded):
-        problems.append("nothing in it has api_type: local_llm, so MetaGPT uses its own providers")
+        problems.append(NOT_OURS)
     return problems
 
 
@@ -174,7 +176,9 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         reason = f"no answer within {limit:g} s"
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
-        reason = str(error) or type(error).__name__
+        # Not the text of what httpx says of a header: it quotes the key.
+        odd = isinstance(error, (httpx.LocalProtocolError, UnicodeError))
+        reason = "odd characters in llm.api_key or the address" if odd else str(error) or type(error).__name__
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     server = (await identify(endpoint, named)).server
     if listing is None and server.name == Server.name and named == "auto":

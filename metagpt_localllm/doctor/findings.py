@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import asdict, dataclass
-from typing import Any, Iterable
+from typing import Any, Iterable, Union
 
 __all__ = ["Change", "Finding", "Severity", "exit_code", "gigabytes"]
 
@@ -27,12 +27,29 @@ class Change:
     """A setting of config2.yaml that mends a finding.
 
     Attributes:
-        path: dotted, from the top of the file, such as ``llm.local.context.window``.
+        steps: the keys from the top of the file, such as ``("llm", "base_url")``; numbers are places in lists. Names of
+            models may have dots in them.
         value: plain, as YAML has it.
     """
 
-    path: str
+    steps: tuple[Union[str, int], ...]
     value: Any
+
+    @property
+    def path(self) -> str:
+        """The same for people."""
+        return ".".join(map(str, self.steps))
+
+    @classmethod
+    def at(cls, about: str, setting: str, value: Any) -> Change:
+        """The change of a setting (such as ``local.context.window``) of the block ``about`` (as checking.llm_blocks has it)."""
+        kind, _, name = about.partition(".")
+        block: tuple[Union[str, int], ...] = (kind, name) if kind == "models" else _steps(about)
+        return cls((*block, *_steps(setting)), value)
+
+
+def _steps(path: str) -> tuple[Union[str, int], ...]:
+    return tuple(int(step) if step.isdigit() else step for step in path.split("."))
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "severity": self.severity.name.lower(), "changes": [asdict(c) for c in self.changes]}
+        return {**asdict(self), "severity": self.severity.name.lower(), "changes": [{"path": c.path, "value": c.value} for c in self.changes]}
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -56,7 +56,8 @@ def need(anatomy: Anatomy, quantization: str, window: int, name: str = "") -> Op
         name: of the model; many have their number of parameters in it.
     """
     assumed: list[str] = []
-    parameters, kind = anatomy.parameters, normalized(quantization)
+    parameters: Optional[float] = anatomy.parameters
+    kind = normalized(quantization)
     if parameters is None and parameters_in(name):
         parameters = parameters_in(name)
         assumed.append(f"{(parameters or 0) / 1e9:.3g}B parameters, from the name")

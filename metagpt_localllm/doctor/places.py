@@ -1,17 +1,16 @@
-"""Which config2.yaml MetaGPT reads, and which of them wins."""
+"""What MetaGPT will read from its config2.yaml, of which there may be two."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from metagpt_localllm.checking import ConfigError, read_config
+from metagpt_localllm.config_file import config_files
 from metagpt_localllm.doctor.findings import Finding, Severity
 
-__all__ = ["Configuration", "configuration", "places"]
+__all__ = ["Configuration", "configuration"]
 
 
 @dataclass(frozen=True)
@@ -29,32 +28,9 @@ class Configuration:
     findings: tuple[Finding, ...] = ()
 
 
-def places() -> list[Path]:
-    """The files that MetaGPT reads, in its order: of a key at the top, the last file that has it wins.
-
-    (metagpt/config2.py, Config.default; metagpt/const.py: METAGPT_PROJECT_ROOT, else the folder above the package if it
-    is a checkout, else the current folder. 0.8.2 and 1.0.0.)
-    """
-    root = os.environ.get("METAGPT_PROJECT_ROOT")
-    folder = Path(root) if root else _checkout() or Path.cwd()
-    return [folder / "config" / "config2.yaml", Path.home() / ".metagpt" / "config2.yaml"]
-
-
-def _checkout() -> Optional[Path]:
-    """The folder above MetaGPT's package, where it is a checkout; MetaGPT is not imported."""
-    try:
-        spec = importlib.util.find_spec("metagpt")
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    above = Path(spec.origin).parent.parent
-    return above if any((above / name).exists() for name in (".git", ".project_root", ".gitignore")) else None
-
-
 def configuration(named: Optional[Path] = None) -> Configuration:
     """Reads the configuration as MetaGPT would, or only the file ``named``. Never raises."""
-    own = places()
+    own = config_files()[::-1]
     if named is not None:
         return _named(named, own)
     existing = [path for path in own if path.exists()]

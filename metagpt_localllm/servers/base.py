@@ -271,6 +271,12 @@ class Server:
         """Whether the facts will stay as they are as long as the server runs; else they are asked for again."""
         return True
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether its streams may show how far the prefill is."""
+        kind = type(self)
+        return kind.progress is not Server.progress or kind.progress_of_comment is not Server.progress_of_comment
+
     def extras(self) -> Mapping[str, Any]:
         """Fields of a chat request beyond OpenAI's that make its work visible."""
         return {"stream_options": {"include_usage": True}}
