@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Hashable, Mapping, Optional
 
 from metagpt_localllm.transport import Endpoint, client_for
 
-__all__ = ["Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "entries", "positive"]
+__all__ = [
+    "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "entries", "positive",
+]  # fmt: skip
 
 
 #: Fields that give an answer its form, or tell of each of its tokens (llama.cpp, vLLM, SGLang, TabbyAPI).
@@ -47,6 +49,52 @@ class Facts:
     images: Optional[bool] = None
     loaded: Optional[bool] = None
     version: str = ""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a server says of a model's size, and of where it keeps it; None and "" where it does not say.
+
+    Attributes:
+        weights: bytes of the model's file.
+        parameters: how many it has.
+        layers: that have keys and values.
+        kv_heads: heads of these, per layer.
+        key_size: values in one key; ``value_size`` likewise.
+        resident: bytes that the loaded model takes in all memories, its context included.
+        in_vram: bytes of these that are in the memory of GPUs.
+        path: of the model's file, on the server's machine.
+    """
+
+    weights: Optional[int] = None
+    parameters: Optional[int] = None
+    layers: Optional[int] = None
+    kv_heads: Optional[int] = None
+    key_size: Optional[int] = None
+    value_size: Optional[int] = None
+    resident: Optional[int] = None
+    in_vram: Optional[int] = None
+    path: str = ""
+
+    @classmethod
+    def of_metadata(cls, info: Mapping[str, Any]) -> Anatomy:
+        """From the metadata of a GGUF, whose names Ollama uses, too (ggml/docs/gguf.md)."""
+        prefix = f"{info.get('general.architecture')}."
+
+        def number(name: str) -> Optional[int]:
+            value = info.get(prefix + name)
+            # Some models have other numbers of heads in each layer.
+            return max(filter(None, map(positive, value)), default=None) if isinstance(value, list) else positive(value)
+
+        heads, width = number("attention.head_count"), number("embedding_length")
+        usual = width // heads if width and heads else None
+        return cls(
+            parameters=positive(info.get("general.parameter_count")),
+            layers=number("block_count"),
+            kv_heads=number("attention.head_count_kv") or heads,
+            key_size=number("attention.key_length") or usual,
+            value_size=number("attention.value_length") or usual,
+        )
 
 
 class Health(enum.Enum):
@@ -115,12 +163,14 @@ class Ask:
     Attributes:
         connected: whether any connection stood.
         software: the ``server`` header of the latest answer, or "".
+        refused: whether any answer was a 401 with a JSON object, as model servers ask for their key.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.connected = False
         self.software = ""
+        self.refused = False
         self._models: Optional[Mapping[str, Any]] = None
         self._listed = False
 
@@ -159,6 +209,8 @@ class Ask:
         self.software = response.headers.get("server", "")
         if response.status_code == 503:
             raise Loading("503")
+        if response.status_code == 401:
+            self.refused = self.refused or response.text.lstrip().startswith("{")
         if response.status_code >= 500 or response.status_code in (401, 403):
             raise Unanswered(f"{response.status_code}")
         if response.status_code != 200:
@@ -191,6 +243,7 @@ class Server:
         usual_window: context window in tokens that it takes unless told otherwise, where it never says which it has.
         truncates: whether it cuts a prompt that is too long without a word; ``usage.prompt_tokens`` tells what is left.
         sums: whether it refuses a prompt that fits its context, but not together with ``max_tokens``.
+        any_name: whether it answers to any name of a model with the one that it has.
         blank: whether it answers a prompt that is too long with a 200 that holds no token.
         facts: what it said.
     """
@@ -204,6 +257,7 @@ class Server:
     truncates: ClassVar[bool] = False
     sums: ClassVar[bool] = False
     blank: ClassVar[bool] = False
+    any_name: ClassVar[bool] = False
 
     def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
         self.facts = facts or Facts()
@@ -231,6 +285,12 @@ class Server:
     def settled(self) -> bool:
         """Whether the facts will stay as they are as long as the server runs; else they are asked for again."""
         return True
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether its streams may show how far the prefill is."""
+        kind = type(self)
+        return kind.progress is not Server.progress or kind.progress_of_comment is not Server.progress_of_comment
 
     def extras(self) -> Mapping[str, Any]:
         """Fields of a chat request beyond OpenAI's that make its work visible."""
@@ -321,6 +381,22 @@ class Server:
         if (self.facts.window or 0) >= largest:
             return f"The {limit}, and has them: a longer prompt needs another model."
         return f"{self._enlarge(largest)}; the {limit}."
+
+    async def anatomy(self, ask: Ask) -> Anatomy:
+        """How large the model is, and where it is kept; raises as :meth:`Ask.json` does."""
+        return Anatomy()
+
+    def remedy_for_cache(self) -> str:
+        """How its user has it keep the beginning of a prompt that comes again, as a sentence."""
+        return "Look in the server's documentation for its prefix cache or prompt cache, and switch it on."
+
+    def remedy_for_gpu(self) -> str:
+        """How its user has it keep more of the model in the GPU's memory, as a sentence."""
+        return "Load the model with as many layers on the GPU as its memory holds."
+
+    def remedy_for_slots(self) -> str:
+        """How its user lets one request have the whole context, as a sentence."""
+        return "Let the server work on one request at a time."
 
     def _enlarge(self, window: int) -> str:
         """The setting for a context of ``window`` tokens, as a sentence without its full stop."""

@@ -55,10 +55,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Identified:
-    """The outcome of asking. ``hung``: a connection stood, and no answer came."""
+    """The outcome of asking.
+
+    Attributes:
+        server: what it is; the plain one where that did not come out.
+        hung: a connection stood, and no answer came.
+        refused: it wants another API key than the endpoint has, or any.
+    """
 
     server: Server
     hung: bool = False
+    refused: bool = False
 
 
 @dataclass
@@ -171,7 +178,8 @@ async def _identify(endpoint: Endpoint, named: str) -> Identified:
             _log.debug("%s was not identified: %s", endpoint.address, type(error).__name__)
         hung = False
     if server is None:
-        return Identified(kind() if kind is not None else UNKNOWN, hung=hung and ask.connected)
+        unknown = kind() if kind is not None else UNKNOWN
+        return Identified(unknown, hung=hung and ask.connected, refused=ask.refused)
     if server.settled:
         _servers[_key(endpoint)] = server
     return Identified(server)

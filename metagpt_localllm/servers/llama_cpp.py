@@ -10,7 +10,7 @@ import re
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
-from metagpt_localllm.servers.base import Ask, Facts, Progress, Server, Timings, Work, entries, positive
+from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Progress, Server, Timings, Work, entries, positive
 
 __all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
 
@@ -25,6 +25,7 @@ class LlamaCpp(Server):
     counts: ClassVar[bool] = True
     # More often than once in 1.5 s would delay its own look whether a client is still there (measured, b11549).
     watchable: ClassVar[bool] = True
+    any_name: ClassVar[bool] = True
 
     def __init__(self, facts: Optional[Facts] = None, routed: str = "") -> None:
         """``routed``: the model whose server the router asks; "" where there is no router."""
@@ -145,6 +146,34 @@ class LlamaCpp(Server):
                 "router's --models-preset, or start the router with it as --ctx-size"
             )
         return f"Start the server as `llama-server --ctx-size {window}`{self._divided(window)}"
+
+    async def anatomy(self, ask: Ask) -> Anatomy:
+        """It does not tell its layers, nor where they are."""
+        meta = _entry(await ask.models(), self._routed or ask.endpoint.model).get("meta")
+        if not isinstance(meta, Mapping):
+            meta = {}
+        props = {} if self._routed else await ask.json(self._path("/props")) or {}
+        return Anatomy(
+            weights=positive(meta.get("size")),
+            parameters=positive(meta.get("n_params")),
+            path=str(props.get("model_path") or ""),
+        )
+
+    def remedy_for_cache(self) -> str:
+        """(tools/server/README.md: --cache-prompt is on by default, --swa-full for models with a sliding window.)"""
+        return (
+            "Start the server without `--no-cache-prompt`; a model with a sliding window (Gemma, gpt-oss) also needs "
+            "`--swa-full`."
+        )
+
+    def remedy_for_gpu(self) -> str:
+        return (
+            "Start the server with `--n-gpu-layers 99` (all layers; fewer if the GPU's memory does not hold them), in a "
+            "build that knows the GPU: its log names the GPU when it starts."
+        )
+
+    def remedy_for_slots(self) -> str:
+        return "Start the server with `--parallel 1`."
 
     def _divided(self, window: int) -> str:
         slots = self.facts.slots or 1

@@ -17,6 +17,7 @@ class LlamaCppPython(Server):
 
     name: ClassVar[str] = "llama-cpp-python"
     quiet: ClassVar[bool] = True
+    any_name: ClassVar[bool] = True
     usual_window: ClassVar[Optional[int]] = 2048  # --n_ctx
     blank: ClassVar[bool] = True  # where it streams
 
@@ -35,6 +36,13 @@ class LlamaCppPython(Server):
     def extras(self) -> Mapping[str, Any]:
         # It takes stream_options and sends no usage all the same.
         return {}
+
+    def remedy_for_cache(self) -> str:
+        """(llama_cpp/server/settings.py: the last prompt's beginning is kept anyway, --cache keeps others, too.)"""
+        return "Start the server with `--cache true`."
+
+    def remedy_for_gpu(self) -> str:
+        return "Start the server with `--n_gpu_layers -1` (all of them), in a build that knows the GPU."
 
     def _enlarge(self, window: int) -> str:
         """(llama_cpp/server/settings.py, ModelSettings.)"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, Work, entries
+from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Server, Work, entries
 from metagpt_localllm.servers.llama_cpp import LlamaCpp, count, facts_of, work_of
 
 __all__ = ["LlamaSwap"]
@@ -18,6 +18,7 @@ class LlamaSwap(LlamaCpp):
     """
 
     name: ClassVar[str] = "llama-swap"
+    any_name: ClassVar[bool] = False
 
     def __init__(self, facts: Optional[Facts] = None, upstream: str = "", is_llama_cpp: bool = True) -> None:
         super().__init__(facts)
@@ -70,6 +71,10 @@ class LlamaSwap(LlamaCpp):
         if not self._is_llama_cpp:
             return f"Give {model} a context of at least {window} tokens, in its `cmd` in llama-swap's config.yaml"
         return f"Add `--ctx-size {window}`{self._divided(window)} to the `cmd` of {model} in llama-swap's config.yaml"
+
+    async def anatomy(self, ask: Ask) -> Anatomy:
+        """Nothing: the list is llama-swap's own."""
+        return Anatomy()
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         if not self._is_llama_cpp or await _state(ask, self._upstream) != "ready":

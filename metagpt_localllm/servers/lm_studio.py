@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, Work, entries, positive
+from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Server, Work, entries, positive
 
 __all__ = ["LMStudio"]
 
@@ -64,6 +64,24 @@ class LMStudio(Server):
     def _continued(self, body: Mapping[str, Any], partial: str) -> Optional[Mapping[str, Any]]:
         """None: what it makes of an assistant's message at the end is not documented, and it shows no prompt."""
         return None
+
+    async def anatomy(self, ask: Ask) -> Anatomy:
+        """(Its REST API v1, "List your models": size_bytes, params_string.)"""
+        listing = await _listing(ask)
+        for entry in [*entries(listing, "models"), *entries(listing, "data")]:
+            if self._model in [entry.get("key"), entry.get("id"), *(i.get("id") for i in entries(entry, "loaded_instances"))]:
+                return Anatomy(weights=positive(entry.get("size_bytes")))
+        return Anatomy()
+
+    def remedy_for_gpu(self) -> str:
+        model = self._model or "MODEL"
+        return (
+            f"Load the model with all of it on the GPU (`lms unload {model}`, `lms load {model} --gpu max`), or set GPU "
+            "Offload to the right end in its load settings."
+        )
+
+    def remedy_for_slots(self) -> str:
+        return "Set Max Concurrent Predictions to 1 in the model's load settings."
 
     def _enlarge(self, window: int) -> str:
         """What is loaded must go first: ``lms load`` would load it once more (lms, load.ts; bug tracker, #1582)."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, Mapping, Optional
 
 import anyio
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, Work, entries, positive
+from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Server, Work, entries, positive
 
 __all__ = ["Ollama"]
 
@@ -86,6 +87,37 @@ class Ollama(Server):
         """
         return None
 
+    async def anatomy(self, ask: Ask) -> Anatomy:
+        """(docs/api.md: /api/show with its model_info, /api/tags, /api/ps.)"""
+        shown = (await ask.json("/api/show", {"model": self._model}) or {}).get("model_info")
+        known = Anatomy.of_metadata(shown) if isinstance(shown, Mapping) else Anatomy()
+        running, in_vram = await _running(ask, self._model), None
+        if positive(running.get("context_length")):
+            in_vram = running.get("size_vram")
+        return dataclasses.replace(
+            known,
+            weights=positive(_named(await ask.json("/api/tags"), self._model).get("size")),
+            resident=positive(running.get("size")) if in_vram is not None else None,
+            in_vram=in_vram if isinstance(in_vram, int) else None,
+        )
+
+    def remedy_for_cache(self) -> str:
+        """It keeps the last prompt of each slot by itself (llama.cpp's cache)."""
+        return (
+            "Ollama keeps the beginning of the last prompt by itself, as long as nothing else uses the model: let nothing "
+            "else use it meanwhile, and start the server with `OLLAMA_NUM_PARALLEL=1 ollama serve`."
+        )
+
+    def remedy_for_gpu(self) -> str:
+        """(docs/faq.md, OLLAMA_FLASH_ATTENTION and OLLAMA_KV_CACHE_TYPE.)"""
+        return (
+            "Ollama puts on the GPU what fits. Make it smaller: another quantization (`ollama pull` one with a smaller tag), "
+            "less context, or a smaller cache (`OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE=q8_0 ollama serve`)."
+        )
+
+    def remedy_for_slots(self) -> str:
+        return "Start the server as `OLLAMA_NUM_PARALLEL=1 ollama serve`."
+
     def _enlarge(self, window: int) -> str:
         """Nothing in a request to ``/v1`` can (openai/openai.go, ChatCompletionRequest; docs/context-length.mdx).
 
@@ -101,6 +133,9 @@ class Ollama(Server):
 
 async def _running(ask: Ask, model: str) -> Mapping[str, Any]:
     """The model's entry in ``/api/ps``; empty where it is not there."""
-    names = {model, f"{model}:latest"}
-    listed = entries(await ask.json("/api/ps"), "models")
+    return _named(await ask.json("/api/ps"), model)
+
+
+def _named(listing: Any, model: str) -> Mapping[str, Any]:
+    names, listed = {model, f"{model}:latest"}, entries(listing, "models")
     return next((entry for entry in listed if names & {entry.get("name"), entry.get("model")}), {})

@@ -92,6 +92,10 @@ class VLLM(Server):
         tokens = (await ask.json("/tokenize", question) or {}).get("tokens")
         return tokens if isinstance(tokens, list) else None
 
+    def remedy_for_cache(self) -> str:
+        """(docs.vllm.ai, Engine Arguments.)"""
+        return "Start the server with `--enable-prefix-caching`."
+
     def _enlarge(self, window: int) -> str:
         """(docs.vllm.ai, Engine Arguments.)"""
         return f"Start the server with `--max-model-len {window}`"
@@ -110,6 +114,10 @@ class SGLang(VLLM):
     name: ClassVar[str] = "sglang"
     counts: ClassVar[bool] = False
     owner: ClassVar[str] = "sglang"
+
+    def remedy_for_cache(self) -> str:
+        """(docs.sglang.io, Server Arguments.)"""
+        return "Start the server without `--disable-radix-cache`."
 
     def _enlarge(self, window: int) -> str:
         """(docs.sglang.io, Server Arguments.)"""
@@ -167,6 +175,9 @@ class TabbyAPI(VLLM):
     async def proves(self, ask: Ask, body: Mapping[str, Any], partial: str) -> bool:
         """Yes by its source: the text goes behind the template's prompt (chat_completion.py)."""
         return self.continuation(body, partial) is not None
+
+    def remedy_for_cache(self) -> str:
+        return Server.remedy_for_cache(self)
 
     def _enlarge(self, window: int) -> str:
         """``cache_size`` (4,096 by default, a multiple of 256) bounds ``max_seq_len`` (config_sample.yml)."""

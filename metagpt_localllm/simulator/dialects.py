@@ -32,6 +32,14 @@ TOO_LONG = {
 }
 #: Tokens in front that Ollama keeps (num_keep).
 _KEPT = 4
+#: CodeLlama 34B, of which codebooga-34b is a mixture: its parameters, bytes as Q4_K_M, and metadata.
+_PARAMETERS, _WEIGHTS = 33_743_970_304, 20_219_900_000
+_SHAPE = {
+    "general.parameter_count": _PARAMETERS, "llama.block_count": 48, "llama.embedding_length": 8192,
+    "llama.attention.head_count": 64, "llama.attention.head_count_kv": 8,
+}  # fmt: skip
+#: Bytes of keys and values per token of context: 2 of 48 layers, 8 heads and 128 numbers of 2 bytes.
+_KEYS_AND_VALUES = 2 * 48 * 8 * 128 * 2
 #: The numbers of the tokens that vLLM was asked for.
 _vocabulary: dict[str, int] = {}
 
@@ -177,7 +185,8 @@ def _models(dialect: Dialect, state: State) -> Any:
         entry["owned_by"] = dialect.owner
     name = dialect.name
     if name == "llama.cpp":
-        entry.update(meta={**state.window("n_ctx"), "n_ctx_train": 16384, "ftype": "Q4_K - Medium"})
+        entry.update(meta={**state.window("n_ctx"), "n_ctx_train": 16384, "ftype": "Q4_K - Medium",
+                           "n_params": _PARAMETERS, "size": _WEIGHTS})
     elif name in ("llama.cpp-router", "llama-swap"):
         entry.update(status={"value": {"yes": "loaded", "no": "unloaded"}.get(state.loaded, "loading")})
         if name == "llama.cpp-router" and state.loaded == "yes":
@@ -250,15 +259,18 @@ def _ollama(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     if path == "/api/version":
         return {"version": "0.33.0" if state.tells_window else "0.9.6"}
     if path == "/api/show" and body.get("model") == state.model:
-        info = {"general.architecture": "llama", "llama.context_length": 16384}
+        info = {"general.architecture": "llama", "llama.context_length": 16384, **_SHAPE}
         return {"details": details, "model_info": info, "capabilities": ["completion"]}
+    if path == "/api/tags":
+        return {"models": [{"name": state.model, "model": state.model, "details": details, "size": _WEIGHTS}]}
     if path == "/api/ps":
-        entry: dict[str, Any] = {"name": state.model, "model": state.model, "details": details, "size": 20_000_000_000}
+        size = _WEIGHTS + _KEYS_AND_VALUES * state.machine.context
+        entry: dict[str, Any] = {"name": state.model, "model": state.model, "details": details, "size": size}
         if state.loaded == "loading":
             none_yet = dict.fromkeys(state.window("context_length"), 0)
             entry.update(size_vram=0, expires_at=f"{time.time() + 300:.6f}", **none_yet)
         elif state.loaded == "yes":
-            entry.update(size_vram=10_000_000_000, expires_at="2026-01-01T00:00:00Z", **state.window("context_length"))
+            entry.update(size_vram=int(size * state.machine.gpu_share), expires_at="2026-01-01T00:00:00Z", **state.window("context_length"))
         return {"models": [entry] if state.loaded != "no" else []}
     return None
 
@@ -269,7 +281,7 @@ def _lm_studio(path: str, _body: Mapping[str, Any], state: State) -> Optional[An
     config = {"context_length": state.machine.context, "parallel": state.machine.slots}
     instances = [{"id": state.model, "config": config}] if state.loaded == "yes" else []
     entry = {"type": "llm", "key": state.model, "loaded_instances": instances, "max_context_length": 16384,
-             "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "capabilities": {"vision": False}}  # fmt: skip
+             "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "size_bytes": _WEIGHTS, "capabilities": {"vision": False}}  # fmt: skip
     return {"models": [entry]}
 
 

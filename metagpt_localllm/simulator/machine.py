@@ -21,6 +21,7 @@ class Machine:
         slots: requests that are worked on at once; the others queue.
         context: context window in tokens.
         prefix_cache: whether the beginning that a prompt shares with the last one costs nothing.
+        gpu_share: part of the model in the memory of the GPU, 0 to 1.
         batch: prompt tokens between two looks whether the client is still there (llama.cpp's n_batch).
     """
 
@@ -30,6 +31,7 @@ class Machine:
     slots: int = 1
     context: int = 4096
     prefix_cache: bool = True
+    gpu_share: float = 0.5
     batch: int = 512
 
 
