@@ -168,6 +168,8 @@ async def _examine(
     findings = await _judge_reach(subject, say)
     if subject.seen.trouble is not None and any(finding.severity is not Severity.NOTE for finding in findings):
         return subject, findings, []
+    if subject.server.any_name:
+        subject = replace(subject, seen=replace(subject.seen, trouble=None))
     subject = await _ready(subject, quick, say)
     subject = replace(subject, work=await _work(subject), anatomy=await _anatomy(subject))
     calls, samples = _recorded(settings, subject)

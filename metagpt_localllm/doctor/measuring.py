@@ -57,9 +57,14 @@ class _Timed:
     timings: Timings
 
     @property
+    def prefill(self) -> float:
+        """As the server says, where that can be (latency.py judges likewise); else until the first token."""
+        told = self.timings.prefill
+        return told if told is not None and 0 < told <= 1.05 * self.first else self.first
+
+    @property
     def prefill_speed(self) -> Optional[float]:
-        fresh = self.prompt_tokens - (self.timings.cached_tokens or 0)
-        seconds = self.timings.prefill or self.first
+        fresh, seconds = self.prompt_tokens - (self.timings.cached_tokens or 0), self.prefill
         return fresh / seconds if fresh > 0 and seconds > 0 else None
 
     @property
@@ -144,7 +149,7 @@ class _Course:
     async def run(self, until: float) -> None:
         first = await self._chat(_prompt(60, self._ratio), _FIRST_ANSWER)
         self._take(first)
-        if first.counted and first.timings.cached_tokens is not None:
+        if first.counted:
             self._ratio = first.prompt_tokens / max(first.estimated, 1)
         read, wrote = first.prefill_speed or 1.0, first.decode_speed or 1.0
         left = until - anyio.current_time()
@@ -189,7 +194,7 @@ class _Course:
     async def _look_for_cache(self, prompt: Sequence[Mapping[str, Any]], main: _Timed) -> None:
         """The same beginning once more, with another end."""
         again = await self._chat([*prompt[:-1], {"role": "user", "content": "Now count down from ten, in words."}], 4)
-        times = main.timings.prefill or main.first, again.timings.prefill or again.first
+        times = main.prefill, again.prefill
         told = again.timings.cached_tokens
         if told:
             share: Optional[float] = min(told / max(again.prompt_tokens, 1), 1.0)

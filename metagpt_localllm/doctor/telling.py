@@ -90,7 +90,7 @@ def _head(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _about_server(subject: Subject) -> str:
     where = f"{subject.endpoint.address}, model {subject.endpoint.model}"
-    if subject.seen.trouble is not None and subject.server.facts.window is None:
+    if subject.seen.trouble is not None:
         return f"{where}: {subject.seen.trouble.value}"
     facts = subject.server.facts
     window = f"context of {facts.window:,} tokens" if facts.window else "context unknown"
