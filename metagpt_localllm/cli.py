@@ -13,6 +13,7 @@ from typing import Any, Optional
 import click
 
 from metagpt_localllm.doctor import doctor
+from metagpt_localllm.init import init
 from metagpt_localllm.installation import METAGPT_KEYS, installed_version, metagpt_problems
 from metagpt_localllm.runs import runs
 
@@ -33,6 +34,7 @@ def main() -> None:
 
 main.add_command(runs)
 main.add_command(doctor)
+main.add_command(init)
 
 # ------------------------------------------------------------------------------------------------ demo
 

@@ -262,7 +262,7 @@ class _OneLine(yaml.SafeDumper):
     def represent_scalar(self, tag: str, value: Any, style: Optional[str] = None) -> ScalarNode:
         if isinstance(value, str) and (len(f"{value}.".splitlines()) > 1 or value.strip(" ") != value.strip()):
             style = '"'
-        return super().represent_scalar(tag, value, style)  # type: ignore[no-any-return]
+        return super().represent_scalar(tag, value, style)
 
 
 def _flow(value: Any, style: Optional[str] = None, *, braces: bool = True) -> str:

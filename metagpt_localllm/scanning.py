@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ from metagpt_localllm.servers.base import Unanswered, entries
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.transport import Endpoint
 
-__all__ = ["USUAL_PORTS", "Found", "is_chat_model", "ollama_host", "scan"]
+__all__ = ["USUAL_PORTS", "Found", "is_chat_model", "look_at", "ollama_host", "scan"]
 
 #: Port and path of the API, in the order in which they are told. From the servers' sources and documentation.
 USUAL_PORTS: Mapping[int, str] = {
@@ -80,15 +80,28 @@ async def scan(
     addresses = _addresses(hosts, extra_ports, os.environ.get("OLLAMA_HOST", ""))
     found: dict[str, Found] = {}
 
-    async def look(base_url: str) -> None:
-        with anyio.move_on_after(limit):
-            await _look(base_url, lambda what: found.__setitem__(base_url, what))
+    async def note(base_url: str) -> None:
+        what = await look_at(Endpoint(base_url, ""), limit)
+        if what is not None:
+            found[base_url] = what
 
     async with anyio.create_task_group() as group:
         for base_url in addresses:
-            group.start_soon(look, base_url)
+            group.start_soon(note, base_url)
     listed = [found[base_url] for base_url in addresses if base_url in found]
     return sorted(_without_twins(listed), key=lambda what: (what.needs_key, what.loading))
+
+
+async def look_at(endpoint: Endpoint, limit: float = 2.0) -> Optional[Found]:
+    """The model server at one address, asked with its key where it has one; None where none answers. Never raises.
+
+    Args:
+        limit: seconds.
+    """
+    latest: list[Found] = []
+    with anyio.move_on_after(limit):
+        await _look(endpoint, latest.append)
+    return latest[-1] if latest else None
 
 
 def _addresses(hosts: Sequence[str], extra_ports: Iterable[int], ollama: str) -> list[str]:
@@ -129,9 +142,9 @@ def ollama_host(value: str) -> Optional[str]:
     return f"{scheme}://{_netloc(host, port)}{parts.path.rstrip('/')}/v1"
 
 
-async def _look(base_url: str, tell: Callable[[Found], Any]) -> None:
+async def _look(endpoint: Endpoint, tell: Callable[[Found], Any]) -> None:
     """Tells what is there as soon as it is known to be a model server, and again when more is known."""
-    ask = Ask(Endpoint(base_url, ""))
+    base_url, ask = endpoint.base_url, Ask(endpoint)
     try:
         listing = await ask.models()
     except Loading:
@@ -143,13 +156,13 @@ async def _look(base_url: str, tell: Callable[[Found], Any]) -> None:
         if ask.refused:
             tell(Found(base_url, "plain", needs_key=True))
             return
-    except (httpx.HTTPError, ValueError, OSError):
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError):
         return
     if listing is not None and _is_list_of_models(listing):
         models = _names(listing)
         likely = next((kind.name for kind in KINDS if kind.recognizes(listing)), "plain")
         tell(Found(base_url, likely, models))
-        endpoint = Endpoint(base_url, next(iter(models), ""))
+        endpoint = replace(endpoint, model=next(iter(models), endpoint.model))
         forget(endpoint)
         seen = await identify(endpoint)
         kind = likely if seen.refused else seen.server.name

@@ -163,8 +163,8 @@ async def test_what_is_no_model_server_is_asked_for_its_models_and_for_nothing_e
 async def test_only_loopback_is_asked_unless_told_otherwise(monkeypatch):
     looked = []
 
-    async def look(base_url, tell):
-        looked.append(urlsplit(base_url).hostname)
+    async def look(endpoint, tell):
+        looked.append(urlsplit(endpoint.base_url).hostname)
 
     monkeypatch.setattr(scanning, "_look", look)
     await scan(extra_ports=[1, 2])
