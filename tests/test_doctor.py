@@ -19,8 +19,11 @@ from metagpt_localllm import installation, scanning
 from metagpt_localllm.cli import main
 from metagpt_localllm.doctor import machine as machines
 from metagpt_localllm.doctor import measuring
+from metagpt_localllm.doctor.gguf import metadata as gguf_metadata
 from metagpt_localllm.doctor.machine import Gpu, Machine, Process
+from metagpt_localllm.doctor.memory import need, normalized, smaller
 from metagpt_localllm.journal import CallRecord, Journal, RunRecord
+from metagpt_localllm.servers.base import Anatomy
 from metagpt_localllm.simulator import Answer, Fault, SimulatorThread
 from metagpt_localllm.simulator import Machine as Simulated
 from metagpt_localllm.state import State, state_at
@@ -153,7 +156,9 @@ def test_http_for_https_is_mended(diagnosed, tmp_path, monkeypatch):
         pytest.skip("there is no openssl")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "c", certificate)
-    monkeypatch.setattr("metagpt_localllm.transport._ssl_context", lambda: ssl.create_default_context(cafile=tmp_path / "c"))
+    monkeypatch.setattr(
+        "metagpt_localllm.transport._ssl_context", lambda: ssl.create_default_context(cafile=tmp_path / "c")
+    )
     with serving() as server, Proxy(server.base_url, tls=context) as proxy:
         report = diagnosed(proxy.base_url, model=server.model)
     assert report.said["changes"] == {"llm.base_url": proxy.base_url.replace("http:", "https:")}
@@ -255,8 +260,9 @@ def test_metagpt_1_0_needs_more(diagnosed, monkeypatch):
     monkeypatch.setattr("metagpt_localllm.doctor.diagnosis.installed_version", lambda name: "1.0.0")
     with serving(context=16384) as server:
         report = diagnosed(server, "--quick")
-    assert "--ctx-size 16384; the model was made for 16,384" in report["context_small"]["remedy"] or "has them" in (
-        report["context_small"]["remedy"]
+    assert (
+        "--ctx-size 16384; the model was made for 16,384" in report["context_small"]["remedy"]
+        or "has them" in (report["context_small"]["remedy"])
     )
 
 
@@ -399,9 +405,10 @@ def test_slots_that_divide_the_context_are_told(diagnosed):
 
 
 class Proxy:
-    """A proxy that reads an answer to its end before it passes anything on, or (``tls``) only speaks TLS."""
+    """A proxy that reads an answer to its end before it passes anything on, over ``tls`` if given; it may not ask for a ``stream``."""
 
-    def __init__(self, base_url, tls=None):
+    def __init__(self, base_url, tls=None, stream=True):
+        self._stream = stream
         self._to, self._tls = int(base_url.split(":")[2].split("/")[0]), tls
 
     def __enter__(self):
@@ -423,6 +430,8 @@ class Proxy:
             head = await reader.readuntil(b"\r\n\r\n")
             lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
             body = await reader.readexactly(int(lengths[0].split(b":")[1])) if lengths else b""
+            if not self._stream:  # of the same length
+                body = body.replace(b'"stream": true', b'"stream":false')
             upstream, there = await asyncio.open_connection("127.0.0.1", self._to)
             first, _, rest = head.partition(b"\r\n")
             there.write(first + b"\r\nconnection: close\r\n" + rest + body)
@@ -571,7 +580,17 @@ llm:
 """
 
 
-def test_write_leaves_a_configuration_that_a_run_uses(home):
+async def answered_by_metagpt(monkeypatch, home):
+    """What MetaGPT gets that finds this home and this project."""
+    from metagpt import config2
+    from metagpt.provider.llm_provider_registry import create_llm_instance
+
+    monkeypatch.setattr(config2, "CONFIG_ROOT", home / ".metagpt")
+    monkeypatch.setattr(config2, "METAGPT_ROOT", home.parent / "project")
+    return await create_llm_instance(config2.Config.default().llm).aask("hi")
+
+
+def test_write_leaves_a_configuration_that_a_run_uses(home, monkeypatch):
     config, loser = home / ".metagpt" / "config2.yaml", home.parent / "project" / "config" / "config2.yaml"
     with serving("ollama", gpu_share=1.0) as server:
         loser.parent.mkdir(parents=True)
@@ -580,12 +599,7 @@ def test_write_leaves_a_configuration_that_a_run_uses(home):
         first = CliRunner().invoke(main, ["doctor", "--write"], catch_exceptions=False)
         second = CliRunner().invoke(main, ["doctor", "--write"], catch_exceptions=False)
         asked = len(server.requests)
-        probe = (
-            "import asyncio\nfrom metagpt.config2 import config\nfrom metagpt.provider.llm_provider_registry import "
-            "create_llm_instance\nprint('answer:', asyncio.run(create_llm_instance(config.llm).aask('hi')))"
-        )
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=os.environ, cwd=home)
-        assert f"answer: {COUNTED}" in done.stdout, done.stderr
+        assert asyncio.run(answered_by_metagpt(monkeypatch, home)) == COUNTED
         assert len(server.requests) == asked + 1 and server.requests[-1]["model"] == "codebooga-34b"
     assert first.exit_code == 2 and "llm.model: codebooga-34b" in first.output
     assert second.exit_code == 1 and "llm.local.context.window: auto" in second.output
@@ -626,3 +640,60 @@ def test_the_doctor_needs_no_metagpt_to_be_imported():
     probe = "import sys; import metagpt_localllm.doctor.diagnosis; assert 'metagpt' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_password_in_the_address_is_written_and_not_printed(diagnosed, home):
+    with serving("vllm") as server:
+        address = server.base_url.replace("//", "//me:hunter2@")
+        report = diagnosed(address.replace("/v1", ""), "--write", model=server.model)
+    assert report["base_url"] and "hunter2" not in report.result.output
+    assert yaml.safe_load((home / ".metagpt" / "config2.yaml").read_text())["llm"]["base_url"] == address
+
+
+def test_a_server_that_does_not_stream_at_all_is_found_like_a_proxy(diagnosed):
+    with (
+        serving(scale=10, decode_speed=5.0, prefill_speed=400) as server,
+        Proxy(server.base_url, stream=False) as proxy,
+    ):
+        report = diagnosed(proxy.base_url, model=server.model)
+    assert "buffered" in report.names and "chat" not in report.names
+
+
+@pytest.mark.parametrize("quantization, name", [
+    ("Q4_K - Medium", "Q4_K_M"), ("(guessed) Q8_0", "Q8_0"), ("Q2_K - Medium", "Q2_K"), ("IQ4_XS - 4.25 bpw", "IQ4_XS"),
+    ("F16", "F16"), ("all F32", "F32"), ("Q5_K_S", "Q5_K_S"), ("4bit", None), ("", None),
+])  # fmt: skip
+def test_quantizations_are_known_by_the_names_that_servers_give_them(quantization, name):
+    assert normalized(quantization) == name
+
+
+def test_weights_and_context_are_reckoned_from_what_is_known():
+    llama = Anatomy(parameters=8_030_000_000, layers=32, kv_heads=8, key_size=128, value_size=128)
+    # Llama 3.1 8B as Q4_K_M is a file of 4.92 GB, and 8,192 tokens of its context take 1 GiB.
+    known = need(llama, "Q4_K_M", 8192)
+    assert known.weights == pytest.approx(4.92e9, rel=0.01) and known.cache == 1 << 30
+    by_name = need(Anatomy(), "", 8192, "llama-3.1-8b-instruct")
+    assert by_name.total == pytest.approx(known.total, rel=0.02) and "from the name" in by_name.how
+    assert need(Anatomy(), "", 8192, "mixtral-8x7b") is None
+    name, weights = smaller(known, "Q4_K_M", known.cache + 4.4e9)
+    assert name == "Q3_K_L" and weights + known.cache <= known.cache + 4.4e9
+    assert smaller(known, "Q4_K_M", 1e9) is None and smaller(known, "", 1e12) is None
+
+
+def test_the_metadata_of_a_gguf_is_that_which_its_own_library_reads(tiny_gguf):
+    from gguf import GGUFReader
+
+    fields = GGUFReader(tiny_gguf).fields
+    read = gguf_metadata(tiny_gguf)
+    short = {name: field for name, field in fields.items() if not name.startswith("GGUF.") and name in read}
+    assert len(short) >= 5 and all(read[name] == field.contents() for name, field in short.items())
+    assert {name for name in fields if not name.startswith("GGUF.")} - set(read) <= {
+        "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+    }  # fmt: skip
+
+
+def test_what_is_no_gguf_is_refused(tmp_path):
+    for content in (b"", b"PK\3\4", b"GGUF\3\0\0\0" + b"\xff" * 40, b"GGUF\1\0\0\0"):
+        (tmp_path / "m").write_bytes(content)
+        with pytest.raises(ValueError):
+            gguf_metadata(tmp_path / "m")

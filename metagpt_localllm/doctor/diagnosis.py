@@ -106,7 +106,11 @@ async def diagnose(
 
 
 def _judge_config(config: Configuration) -> list[Finding]:
-    if config.findings and any(finding.severity is Severity.BROKEN for finding in config.findings) and not config.content:
+    if (
+        config.findings
+        and any(finding.severity is Severity.BROKEN for finding in config.findings)
+        and not config.content
+    ):
         return []
     llm = config.content.get("llm")
     if not isinstance(llm, dict):
@@ -164,7 +168,7 @@ async def _examine(
     settings = _settings(block)
     endpoint = endpoint_of(block)
     say(f"asking {endpoint.address}")
-    subject = Subject(about, block, settings, await see(endpoint, settings.server))
+    subject = Subject(about, block, settings, await see(endpoint, settings.server), own=machine.own_addresses())
     findings = await _judge_reach(subject, say)
     if subject.seen.trouble is not None and any(finding.severity is not Severity.NOTE for finding in findings):
         return subject, findings, []
@@ -247,7 +251,10 @@ async def _anatomy(subject: Subject) -> Anatomy:
     with contextlib.suppress(OSError, ValueError):
         told = Anatomy.of_metadata(await anyio.to_thread.run_sync(gguf.metadata, path))
         return replace(
-            told, weights=known.weights or path.stat().st_size, parameters=known.parameters or told.parameters, path=known.path
+            told,
+            weights=known.weights or path.stat().st_size,
+            parameters=known.parameters or told.parameters,
+            path=known.path,
         )
     return known
 

@@ -17,6 +17,7 @@ import httpx
 
 from metagpt_localllm import failures
 from metagpt_localllm.answer import Answer
+from metagpt_localllm.attempt import broken
 from metagpt_localllm.failures import Failure
 from metagpt_localllm.latency import Sample
 from metagpt_localllm.servers import Server
@@ -126,7 +127,9 @@ async def measure(endpoint: Endpoint, server: Server, limit: float = LIMIT) -> M
         try:
             await course.run(begun + limit)
         except _Failed as failed:
-            course.found = replace(course.found, failure=failed.failure.what, remedy=failed.failure.remedy)
+            said, key = failed.failure.what, endpoint.api_key
+            said = said.replace(key, "…") if len(key) > 3 else said  # a server may quote it
+            course.found = replace(course.found, failure=said, remedy=failed.failure.remedy)
     limited = scope.cancelled_caught
     return replace(course.found, seconds=anyio.current_time() - begun, limited=limited or course.short_of_time)
 
@@ -151,7 +154,8 @@ class _Course:
         self._take(first)
         if first.counted:
             self._ratio = first.prompt_tokens / max(first.estimated, 1)
-        read, wrote = first.prefill_speed or 1.0, first.decode_speed or 1.0
+        # What came all at once tells at least this of how fast it was written.
+        read, wrote = first.prefill_speed or 1.0, first.decode_speed or first.tokens / max(first.last, 1e-3)
         left = until - anyio.current_time()
         size = int(min(read * _PREFILL, (self._server.facts.window or 2 * _MOST) // 2, _MOST))
         size = max(size, _LEAST)
@@ -217,19 +221,27 @@ class _Course:
             async with client_for(endpoint).stream(
                 "POST", endpoint.chat_url, content=json.dumps(body).encode(), headers=endpoint.headers
             ) as response:
-                bare = httpx.Response(response.status_code, headers=response.headers, request=httpx.Request("POST", endpoint.address))
+                bare = httpx.Response(
+                    response.status_code, headers=response.headers, request=httpx.Request("POST", endpoint.address)
+                )
                 if response.status_code != 200:
                     text = (await response.aread()).decode("utf-8", "replace")
                     raise _Failed(failures.from_response(bare, text))
-                async for portion in response.aiter_bytes():
-                    for data in decoder.feed(portion):
-                        arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
+                if "json" in response.headers.get("content-type", ""):  # it does not stream at all
+                    _take(answer, await response.aread(), bare)
+                    arrivals.append(anyio.current_time())
+                else:
+                    async for portion in response.aiter_bytes():
+                        for data in decoder.feed(portion):
+                            arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
                 for data in decoder.close():
                     arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ValueError) as error:
+        except (json.JSONDecodeError, httpx.StreamError):
+            raise _Failed(broken("the stream holds something that is no chat chunk")) from None
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise _Failed(failures.from_exception(error, endpoint.address, bool(arrivals))) from None
         if not arrivals:
-            raise _Failed(failures.from_error_body({"error": {"message": "the answer has no token in it"}}, bare.request))
+            raise _Failed(broken("the answer ended without a token"))
         usage, estimated = answer.usage or {}, estimate_prompt(messages)
         counted = positive(usage.get("prompt_tokens"))
         gaps = [later - earlier for earlier, later in zip(arrivals, arrivals[1:])]
