@@ -21,11 +21,12 @@ from metagpt_localllm.config_text import KeyPath, YamlProblem, parsed, with_valu
 
 __all__ = ["Change", "ConfigFileError", "apply", "config_files", "propose", "propose_values", "read", "set_values", "user_config"]
 
-#: Settings whose values are never shown, with what follows them on their line.
+#: Settings whose values are never shown: to the end of the line, or to the next setting in the same braces.
 _SECRET = re.compile(
-    r"""(?P<name>\b(?:\w*api_key\w*|access_key|secret_key|session_token|api_secret|\w*password|\w*subscription_key
-    |redis_key|\w*api_secret\w*|cookies?)["']?\s*:[ \t]*)(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,}\#][^,}\#\n]*)""",
-    re.VERBOSE,
+    r"""(?P<name>\b(?:\w*api_key\w*|access_key|secret_key|session_token|\w*api_secret\w*|\w*password
+    |\w*subscription_key|redis_key|cookies?)["']?\s*:[ \t]*)
+    (?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\n]|'')*'|[^\s](?:(?!,\s*[\w"']+\s*:|\}\s*(?:$|[,}\#])|\s\#)[^\n])*)""",
+    re.VERBOSE | re.MULTILINE,
 )
 
 
@@ -165,38 +166,47 @@ def apply(change: Change) -> Change:
     target = Path(os.path.realpath(change.path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        mode, backup = 0o600, None
+        like, backup = None, None
         if change.before is not None:
-            mode = stat.S_IMODE(target.stat().st_mode)
-            backup = _copy(change.path, change.before.encode(), mode)
-        _replace(target, change.after.encode(), mode)
+            like = target.stat()
+            backup = _copy(change.path, change.before.encode(), like)
+        _replace(target, change.after.encode(), like)
     except OSError as error:
         raise ConfigFileError(f"{change.path} cannot be written: {error.strerror or error}") from None
     return replace(change, backup=backup)
 
 
-def _copy(path: Path, content: bytes, mode: int) -> Path:
+def _copy(path: Path, content: bytes, like: os.stat_result) -> Path:
     name = f"{path.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         backup = path.with_name(name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             _fill(descriptor, content)
-            os.chmod(backup, mode)
+            _own(backup, like)
             return backup
     raise FileExistsError(f"there are too many copies named {name}")
 
 
-def _replace(target: Path, content: bytes, mode: int) -> None:
+def _replace(target: Path, content: bytes, like: Optional[os.stat_result]) -> None:
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         _fill(descriptor, content)
-        os.chmod(name, mode)
+        if like is not None:
+            _own(Path(name), like)
         os.replace(name, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def _own(path: Path, like: os.stat_result) -> None:
+    """Gives a file the owner, where that is allowed, and the mode of another."""
+    if hasattr(os, "chown"):
+        with contextlib.suppress(PermissionError):
+            os.chown(path, like.st_uid, like.st_gid)
+    os.chmod(path, stat.S_IMODE(like.st_mode))
 
 
 def _fill(descriptor: int, content: bytes) -> None:

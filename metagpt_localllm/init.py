@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping, Optional
-from urllib.parse import urlsplit
 
 import click
 
@@ -24,8 +23,8 @@ from metagpt_localllm.config_file import (
 )
 from metagpt_localllm.config_text import YamlProblem, parsed, with_values
 from metagpt_localllm.installation import installed_version, metagpt_problems
-from metagpt_localllm.scanning import Found, is_chat_model, look_at, scan
-from metagpt_localllm.servers import Server, identify, kind_named
+from metagpt_localllm.scanning import Found, completed, facts_of_models, is_chat_model, look_at, same_server, scan
+from metagpt_localllm.servers import Facts, Server, identify
 from metagpt_localllm.servers.base import positive
 from metagpt_localllm.settings import parse_duration
 from metagpt_localllm.transport import Endpoint
@@ -48,8 +47,6 @@ _ANSWER, _ANSWER_OF_THINKERS = 4096, 8192
 _THINKERS = ("qwq", "-r1", "think", "reason", "magistral", "gpt-oss")
 #: Context in tokens below which most prompts of MetaGPT 0.8 and of 1.0 (up to 20,000) are shortened.
 _WANTED, _WANTED_BY_1_0 = 8192, 32768
-#: Models of one server that are looked at for what of them is loaded.
-_MOST_MODELS = 12
 
 #: Not an option: everybody on the machine can read those.
 _KEY_VARIABLE = "METAGPT_LOCALLLM_API_KEY"
@@ -148,7 +145,7 @@ class _Setup:
 
     def run(self) -> None:
         found = self._unlocked(self._server())
-        if _same_address(found.base_url, self._old.get("base_url")):
+        if same_server(found.base_url, self._old.get("base_url")):
             found = replace(found, base_url=str(self._old["base_url"]))
         model = self._model(found)
         max_token = self._given.max_token or self._max_token(model)
@@ -182,27 +179,36 @@ class _Setup:
 
     def _chosen(self, found: list[Found]) -> Optional[Found]:
         """One of those that were found, or one at an address by hand; None: look again."""
-        known = [number for number, what in enumerate(found) if _same_address(what.base_url, self._old.get("base_url"))]
+        known = [number for number, what in enumerate(found) if same_server(what.base_url, self._old.get("base_url"))]
         default = known[0] if known else 0
         if not self._ask:
             click.echo(f"Server: {_described(found[default])}")
-            return found[default]
+            return self._ready(found[default])
         for number, what in enumerate(found, 1):
             click.echo(f"  {number}  {_described(what)}")
         click.echo("  or the address of another one, such as http://192.168.1.5:1234/v1")
         answer = click.prompt("1/4  Which server?", default=str(default + 1)).strip()
         if not answer.isdigit():
             return self._by_hand(answer)
-        return found[int(answer) - 1] if 1 <= int(answer) <= len(found) else None
+        return self._ready(found[int(answer) - 1]) if 1 <= int(answer) <= len(found) else None
+
+    def _ready(self, found: Found) -> Optional[Found]:
+        """None while it loads its model."""
+        if not found.loading:
+            return found
+        if not self._ask:
+            raise click.ClickException("it is loading its model; run this again when it is done")
+        click.echo("It is loading its model, which may take minutes. Choose it again when it is done.")
+        return None
 
     def _by_hand(self, address: str) -> Optional[Found]:
         """What is at an address that somebody gave, which may be off; None where it is not wanted then."""
         try:
-            address = _with_scheme(address)
-        except click.BadParameter as error:
+            address = completed(address)
+        except ValueError as error:
             if not self._ask:
-                raise
-            click.echo(error.message)
+                raise click.BadParameter(str(error), param_hint="--base-url") from None
+            click.echo(error)
             return None
         tried = [address] if address.endswith("/v1") else [f"{address}/v1", address]
         for base_url in tried:
@@ -218,7 +224,7 @@ class _Setup:
 
     def _key_for(self, base_url: str) -> str:
         """The key to ask with: the one given, or that of the file where it is this server's."""
-        same = self._old.get("api_type") == "local_llm" and _same_address(base_url, self._old.get("base_url"))
+        same = self._old.get("api_type") == "local_llm" and same_server(base_url, self._old.get("base_url"))
         return self._key or (str(self._old.get("api_key") or "") if same else "")
 
     def _unlocked(self, found: Found) -> Found:
@@ -241,8 +247,8 @@ class _Setup:
     def _model(self, found: Found) -> str:
         """The second question: which model."""
         models = list(found.models)
-        facts = asyncio.run(_facts_of(found, self._key)) if models else {}
-        loaded = [name for name in models if facts.get(name, (None, None))[1] is not None and is_chat_model(name)]
+        facts = asyncio.run(facts_of_models(found, self._key))
+        loaded = [name for name in models if name in facts and facts[name].loaded and is_chat_model(name)]
         before = [name for name in models if name == self._old.get("model")]
         default = next(iter(before or loaded or models), None)
         if self._given.model:
@@ -361,15 +367,6 @@ async def _server_of(found: Found, model: str, key: str) -> Server:
     return (await identify(Endpoint(found.base_url, model, key))).server
 
 
-async def _facts_of(found: Found, key: str) -> dict[str, tuple[Optional[int], Optional[bool]]]:
-    """Window in tokens of each model, and True where it is known to be loaded; of a quiet server nothing is asked."""
-    if kind_named(found.kind).quiet:
-        return {}
-    names = found.models[:_MOST_MODELS]
-    servers = await asyncio.gather(*(_server_of(found, name, key) for name in names))
-    return {name: (server.facts.window, server.facts.loaded or None) for name, server in zip(names, servers)}
-
-
 def _described(found: Found) -> str:
     name = {"plain": "a server with the OpenAI API"}.get(found.kind, found.kind)
     if found.needs_key:
@@ -380,36 +377,15 @@ def _described(found: Found) -> str:
     return f"{name} at {found.base_url}: {first}{f' and {more} more' if more > 0 else ''}"
 
 
-def _loaded(facts: Optional[tuple[Optional[int], Optional[bool]]]) -> str:
-    window, loaded = facts or (None, None)
-    parts = ["loaded"] if loaded else []
-    parts += [f"context {window:,} tokens"] if window else []
+def _loaded(facts: Optional[Facts]) -> str:
+    parts = ["loaded"] if facts and facts.loaded else []
+    parts += [f"context {facts.window:,} tokens"] if facts and facts.window else []
     return f"  ({', '.join(parts)})" if parts else ""
 
 
 def _listed(name: str, models: list[str]) -> bool:
     """Ollama takes a name without its tag for ``:latest``."""
     return name in models or f"{name}:latest" in models
-
-
-def _same_address(one: str, other: Any) -> bool:
-    """Whether both are one server: ``localhost`` is an address of this machine."""
-    texts = [str(url).rstrip("/").replace("://localhost", "://127.0.0.1") for url in (one, other)]
-    return texts[0] == texts[1]
-
-
-def _with_scheme(address: str) -> str:
-    """An address as it is meant: without ``/chat/completions``, and with a scheme."""
-    text = address.strip().rstrip("/")
-    text = text[: -len("/chat/completions")] if text.endswith("/chat/completions") else text
-    text = text if "://" in text else f"http://{text}"
-    try:
-        parts = urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and (parts.port or True):
-            return text
-    except ValueError:
-        pass
-    raise click.BadParameter(f"{address} is no address of the form http://host:port/v1", param_hint="--base-url")
 
 
 def _at(block: Any, *keys: str) -> Any:

@@ -7,6 +7,7 @@ middle of another program's run costs that run an attempt.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from dataclasses import dataclass, replace
@@ -16,12 +17,15 @@ from urllib.parse import urlsplit
 import anyio
 import httpx
 
-from metagpt_localllm.servers import KINDS, Ask, Loading, forget, identify
+from metagpt_localllm.servers import KINDS, Ask, Facts, Loading, forget, identify, kind_named
 from metagpt_localllm.servers.base import Unanswered, entries
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.transport import Endpoint
 
-__all__ = ["USUAL_PORTS", "Found", "is_chat_model", "look_at", "ollama_host", "scan"]
+__all__ = [
+    "USUAL_PORTS", "Found", "completed", "facts_of_models", "is_chat_model", "look_at", "ollama_host", "same_server",
+    "scan",
+]  # fmt: skip
 
 #: Port and path of the API, in the order in which they are told. From the servers' sources and documentation.
 USUAL_PORTS: Mapping[int, str] = {
@@ -41,6 +45,7 @@ USUAL_PORTS: Mapping[int, str] = {
     4000: "/v1",  # LiteLLM's proxy
 }
 _OLLAMAS_PORT = 11434
+_MOST_MODELS = 12
 #: Parts of the names of models that answer no chat.
 _OTHER_TASKS = ("embed", "rerank", "whisper", "-tts", "bge-", "all-minilm", "clip-")
 
@@ -177,6 +182,43 @@ async def _look(endpoint: Endpoint, tell: Callable[[Found], Any]) -> None:
                     return
 
 
+async def facts_of_models(found: Found, key: str = "") -> dict[str, Facts]:
+    """What a server says of each of its models, of a dozen at the most; loads none of them. Never raises.
+
+    Of a server that every question harms nothing is asked.
+    """
+    if kind_named(found.kind).quiet:
+        return {}
+    names = found.models[:_MOST_MODELS]
+    seen = await asyncio.gather(*(identify(Endpoint(found.base_url, name, key)) for name in names))
+    return {name: one.server.facts for name, one in zip(names, seen)}
+
+
+def completed(address: str) -> str:
+    """A base URL as somebody meant it: with a scheme, without a slash or ``/chat/completions`` at its end.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    text = address.strip().rstrip("/")
+    text = text[: -len("/chat/completions")] if text.endswith("/chat/completions") else text
+    text = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(text)
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError(f"{address} is no address of the form http://host:port/v1")
+    return text
+
+
+def same_server(one: object, other: object) -> bool:
+    """Whether two base URLs are one server: ``localhost`` is an address of this machine."""
+    texts = [str(url).rstrip("/").replace("://localhost", "://127.0.0.1") for url in (one, other)]
+    return texts[0] == texts[1]
+
+
 def _is_list_of_models(listing: Mapping[str, Any]) -> bool:
     """OpenAI's form of it. Ollama without any model has ``"data": null``."""
     data = listing.get("data", False)
@@ -191,8 +233,9 @@ def is_chat_model(name: str) -> bool:
 
 
 def _names(listing: Mapping[str, Any]) -> tuple[str, ...]:
-    names = [entry["id"] for entry in entries(listing, "data") if isinstance(entry.get("id"), str) and entry["id"]]
-    return tuple(sorted(dict.fromkeys(names), key=lambda name: not is_chat_model(name)))
+    names = [entry["id"] for entry in entries(listing, "data") if isinstance(entry.get("id"), str)]
+    shown = filter(None, (name for name in names if name.isprintable()))  # they go to a terminal
+    return tuple(sorted(dict.fromkeys(shown), key=lambda name: not is_chat_model(name)))
 
 
 def _without_twins(listed: Sequence[Found]) -> list[Found]:

@@ -234,3 +234,15 @@ def test_a_context_that_is_too_small_comes_with_its_remedy(monkeypatch, config):
 def test_a_file_that_metagpt_does_not_read_is_said_to_be_one(server, home):
     result = init("--yes", "--config", str(home / "elsewhere.yaml"))
     assert f"MetaGPT reads {home / '.metagpt' / 'config2.yaml'}, not this file" in result.output
+
+
+def test_a_server_that_loads_its_model_is_told_last_and_not_taken(monkeypatch, server, config):
+    machine = Machine(prefill_speed=1e6, decode_speed=1e6, load_time=3600)
+    with SimulatorThread(machine, model="llama") as loading:
+        usual(monkeypatch, loading)
+        alone = init("--yes")
+        assert alone.exit_code == 1 and "when it is done" in alone.output and not config.exists()
+        usual(monkeypatch, loading, server)
+        result = init(typed="2\n1\n\n\n\n")
+    assert "It is loading its model" in result.output and result.output.count("Which server?") == 2
+    assert written(config)["llm"]["base_url"] == server.base_url
