@@ -182,7 +182,9 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     server = (await identify(endpoint, named)).server
     if listing is None and server.name == Server.name and named == "auto":
-        reason = "there is no list of models at <base_url>/models; if that is meant to be so, set llm.local.server: plain"
+        reason = (
+            "there is no list of models at <base_url>/models; if that is meant to be so, set llm.local.server: plain"
+        )
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=reason)
     names = tuple(str(entry.get("id")) for entry in entries(listing, "data"))
     missing = names and endpoint.model not in names and f"{endpoint.model}:latest" not in names

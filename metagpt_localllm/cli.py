@@ -20,6 +20,7 @@ from metagpt_localllm.stats import stats
 
 __all__ = ["METAGPT_KEYS", "main"]
 
+
 def _show_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
         click.echo(f"metagpt-localllm {installed_version('metagpt-localllm') or '(not installed)'}")
@@ -53,9 +54,7 @@ main.add_command(init)
 @click.option("--limit", type=click.FloatRange(min=1), default=120.0, show_default=True,
               help="Seconds after which the run is ended.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Show all that MetaGPT prints.")
-def demo(
-    provider: str, output: Path, scale: Optional[float], idea: str, limit: float, verbose: bool
-) -> None:
+def demo(provider: str, output: Path, scale: Optional[float], idea: str, limit: float, verbose: bool) -> None:
     """Run MetaGPT's software company on a simulated 34B model on a desktop, with faults.
 
     Needs MetaGPT, but neither a model nor a network: the server is simulated, on a real socket.
@@ -94,7 +93,9 @@ class _FaultKindsInHelp(click.Command):
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--scale", type=click.FloatRange(min=0.001), default=1.0, show_default=True,
               help="How many times faster than real time.")  # fmt: skip
-@click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Context window in tokens.")
+@click.option(
+    "--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Context window in tokens."
+)
 @click.option("--prefill-speed", type=click.FloatRange(min=0.001), default=40.0, show_default=True,
               help="Prompt tokens per second.")  # fmt: skip
 @click.option("--decode-speed", type=click.FloatRange(min=0.001), default=3.0, show_default=True,
@@ -121,7 +122,9 @@ def simulate(**options: Any) -> None:
         raise click.UsageError(str(error)) from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise click.ClickException(f"port {options['port']}: {reason}. Choose another with --port (0 takes a free one).") from None
+        raise click.ClickException(
+            f"port {options['port']}: {reason}. Choose another with --port (0 takes a free one)."
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ check

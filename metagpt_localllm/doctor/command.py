@@ -20,20 +20,24 @@ __all__ = ["doctor"]
 @click.command()
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path), default=None,
               help="The config2.yaml to look at. [default: those that MetaGPT reads]")  # fmt: skip
-@click.option("--offline", is_flag=True, help="Ask no server: the configuration, the installation and this machine only.")
+@click.option(
+    "--offline", is_flag=True, help="Ask no server: the configuration, the installation and this machine only."
+)
 @click.option("--quick", is_flag=True, help="Ask the server, but measure nothing.")
 @click.option("--write", is_flag=True, help="Write the settings that mend what was found, and keep a copy of the file.")
-@click.option("--tiers", is_flag=True, help="Have the deadlines that fit the measured speed among these, as fixed tiers.")
+@click.option(
+    "--tiers", is_flag=True, help="With --write: also the deadlines that fit the measured speed, as fixed tiers."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def doctor(
-    config: Optional[Path], offline: bool, quick: bool, write: bool, tiers: bool, as_json: bool
-) -> None:
+def doctor(config: Optional[Path], offline: bool, quick: bool, write: bool, tiers: bool, as_json: bool) -> None:
     """Find out what holds this machine back, and what mends it.
 
     Looks at config2.yaml, at MetaGPT's installation, at this machine and at the model server, and measures how fast the
     model reads and writes: that takes some seconds, and 30 at the most. The exit code is 0 where all is well, 1 where it
     works but is held back, and 2 where it cannot run.
     """
+    if tiers and not write:
+        raise click.UsageError("--tiers says what is written: it goes with --write")
     from metagpt_localllm.doctor import diagnosis as course
     from metagpt_localllm.doctor import telling
     from metagpt_localllm.doctor.findings import exit_code
@@ -58,6 +62,7 @@ def doctor(
 def _write(found: Diagnosis, tiers: bool) -> dict[str, Any]:
     """Writes the settings, and gives the measurement to ``auto``; what was done, in plain values."""
     from metagpt_localllm.config_file import ConfigFileError, set_values
+    from metagpt_localllm.doctor.findings import shown
     from metagpt_localllm.doctor.timing import tiers_as_change
     from metagpt_localllm.state import state_at
 
@@ -66,7 +71,7 @@ def _write(found: Diagnosis, tiers: bool) -> dict[str, Any]:
         if not subject.settings.tiers:
             changes += tiers_as_change(subject, found.tiers.get(subject.about, []))
     values: dict[KeyPath, Any] = {change.steps: change.value for change in changes}
-    settings = {change.path: change.value for change in changes}
+    settings = {change.path: shown(change.value) for change in changes}
     done: dict[str, Any] = {"settings": settings, "file": str(found.config), "backup": None, "samples": 0}
     if values:
         try:

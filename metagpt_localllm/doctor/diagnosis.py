@@ -106,7 +106,11 @@ async def diagnose(
 
 
 def _judge_config(config: Configuration) -> list[Finding]:
-    if config.findings and any(finding.severity is Severity.BROKEN for finding in config.findings) and not config.content:
+    if (
+        config.findings
+        and any(finding.severity is Severity.BROKEN for finding in config.findings)
+        and not config.content
+    ):
         return []
     llm = config.content.get("llm")
     if not isinstance(llm, dict):
@@ -164,10 +168,12 @@ async def _examine(
     settings = _settings(block)
     endpoint = endpoint_of(block)
     say(f"asking {endpoint.address}")
-    subject = Subject(about, block, settings, await see(endpoint, settings.server))
+    subject = Subject(about, block, settings, await see(endpoint, settings.server), own=machine.own_addresses())
     findings = await _judge_reach(subject, say)
     if subject.seen.trouble is not None and any(finding.severity is not Severity.NOTE for finding in findings):
         return subject, findings, []
+    if subject.server.any_name:
+        subject = replace(subject, seen=replace(subject.seen, trouble=None))
     subject = await _ready(subject, quick, say)
     subject = replace(subject, work=await _work(subject), anatomy=await _anatomy(subject))
     calls, samples = _recorded(settings, subject)
@@ -245,7 +251,10 @@ async def _anatomy(subject: Subject) -> Anatomy:
     with contextlib.suppress(OSError, ValueError):
         told = Anatomy.of_metadata(await anyio.to_thread.run_sync(gguf.metadata, path))
         return replace(
-            told, weights=known.weights or path.stat().st_size, parameters=known.parameters or told.parameters, path=known.path
+            told,
+            weights=known.weights or path.stat().st_size,
+            parameters=known.parameters or told.parameters,
+            path=known.path,
         )
     return known
 

@@ -6,7 +6,9 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any, Iterable, Union
 
-__all__ = ["Change", "Finding", "Severity", "exit_code", "gigabytes"]
+from metagpt_localllm.transport import Endpoint
+
+__all__ = ["Change", "Finding", "Severity", "exit_code", "gigabytes", "shown"]
 
 
 class Severity(enum.IntEnum):
@@ -75,7 +77,11 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "severity": self.severity.name.lower(), "changes": [{"path": c.path, "value": c.value} for c in self.changes]}
+        return {
+            **asdict(self),
+            "severity": self.severity.name.lower(),
+            "changes": [{"path": c.path, "value": shown(c.value)} for c in self.changes],
+        }
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
@@ -84,6 +90,13 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return {Severity.BROKEN: 2, Severity.WARNING: 1, Severity.NOTE: 0}[worst]
 
 
+def shown(value: Any) -> Any:
+    """A setting's value as it may be printed: an address without the user name and password in it."""
+    return Endpoint(value, "").address if isinstance(value, str) and "://" in value else value
+
+
 def gigabytes(size: float) -> str:
     """Bytes for people, in units of 10⁹."""
-    return f"{size / 1e9:,.0f} GB" if size >= 20e9 else f"{size / 1e9:,.1f} GB" if size >= 5e7 else f"{size / 1e6:,.1f} MB"
+    return (
+        f"{size / 1e9:,.0f} GB" if size >= 20e9 else f"{size / 1e9:,.1f} GB" if size >= 5e7 else f"{size / 1e6:,.1f} MB"
+    )

@@ -86,9 +86,15 @@ def judge_context(subject: Subject, wanted: Wanted) -> list[Finding]:
             )
         )  # fmt: skip
     window = loaded or subject.window
-    if window is None:
+    if window is None and server.facts.loaded is False:
+        title = "The model is not loaded yet, so its context is not known"
+        remedy = "Run doctor without --quick, which has the server load it."
+        findings.append(Finding(Severity.NOTE, "not_loaded", title, f"{server.name} says so", remedy, about=about))
+    elif window is None:
         usual = server.usual_window or (4096 if server.truncates else None)
-        remedy = f"Set {setting} to what the server was started with" + (f" ({usual} unless told otherwise)." if usual else ".")
+        remedy = f"Set {setting} to what the server was started with" + (
+            f" ({usual} unless told otherwise)." if usual else "."
+        )
         findings.append(
             Finding(
                 Severity.WARNING, "silent_truncation" if server.truncates else "window_unknown",
@@ -184,7 +190,9 @@ def _on_cpu(subject: Subject, machine: Machine, hint: str) -> list[Finding]:
         return []
     used = sum(gpu.used for gpu in machine.gpus)
     if used < weights / 2:
-        evidence = f"inferred: the model has {gigabytes(weights)}, and only {gigabytes(used)} of the GPU's memory are in use"
+        evidence = (
+            f"inferred: the model has {gigabytes(weights)}, and only {gigabytes(used)} of the GPU's memory are in use"
+        )
     elif decode is not None and weights * decode < _MAIN_MEMORY:
         evidence = (
             f"inferred from its speed: {decode:.3g} tokens/s, each of which reads up to {gigabytes(weights)}, are "
@@ -192,7 +200,16 @@ def _on_cpu(subject: Subject, machine: Machine, hint: str) -> list[Finding]:
         )
     else:
         return []
-    return [Finding(Severity.WARNING, "cpu", "The model seems to run on the CPU, wholly or in part", evidence, remedy, about=about)]
+    return [
+        Finding(
+            Severity.WARNING,
+            "cpu",
+            "The model seems to run on the CPU, wholly or in part",
+            evidence,
+            remedy,
+            about=about,
+        )
+    ]
 
 
 def _swap(subject: Subject, machine: Machine) -> list[Finding]:

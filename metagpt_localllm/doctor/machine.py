@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Callable, Optional, Sequence
 
 import psutil
 
-__all__ = ["Gpu", "Machine", "Process", "Run", "run", "survey"]
+__all__ = ["Gpu", "Machine", "Process", "Run", "own_addresses", "run", "survey"]
 
 #: Runs a command and gives what it says; None where it is not there or fails.
 Run = Callable[[Sequence[str]], Optional[str]]
@@ -85,6 +86,12 @@ def survey(run: Run = run) -> Machine:
         swap_used=swap.used, busy=busy, busiest=busiest, gpus=_gpus(run),
         unified=platform.system() == "Darwin" and platform.machine() == "arm64",
     )  # fmt: skip
+
+
+def own_addresses() -> frozenset[str]:
+    """The name of this machine and its addresses, in lower case."""
+    found = {address.address.split("%")[0].lower() for listed in psutil.net_if_addrs().values() for address in listed}
+    return frozenset({*found, socket.gethostname().lower()})
 
 
 def _load() -> tuple[float, tuple[Process, ...]]:

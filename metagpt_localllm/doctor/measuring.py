@@ -17,6 +17,7 @@ import httpx
 
 from metagpt_localllm import failures
 from metagpt_localllm.answer import Answer
+from metagpt_localllm.attempt import broken
 from metagpt_localllm.failures import Failure
 from metagpt_localllm.latency import Sample
 from metagpt_localllm.servers import Server
@@ -57,9 +58,14 @@ class _Timed:
     timings: Timings
 
     @property
+    def prefill(self) -> float:
+        """As the server says, where that can be (latency.py judges likewise); else until the first token."""
+        told = self.timings.prefill
+        return told if told is not None and 0 < told <= 1.05 * self.first else self.first
+
+    @property
     def prefill_speed(self) -> Optional[float]:
-        fresh = self.prompt_tokens - (self.timings.cached_tokens or 0)
-        seconds = self.timings.prefill or self.first
+        fresh, seconds = self.prompt_tokens - (self.timings.cached_tokens or 0), self.prefill
         return fresh / seconds if fresh > 0 and seconds > 0 else None
 
     @property
@@ -121,7 +127,9 @@ async def measure(endpoint: Endpoint, server: Server, limit: float = LIMIT) -> M
         try:
             await course.run(begun + limit)
         except _Failed as failed:
-            course.found = replace(course.found, failure=failed.failure.what, remedy=failed.failure.remedy)
+            said, key = failed.failure.what, endpoint.api_key
+            said = said.replace(key, "…") if len(key) > 3 else said  # a server may quote it
+            course.found = replace(course.found, failure=said, remedy=failed.failure.remedy)
     limited = scope.cancelled_caught
     return replace(course.found, seconds=anyio.current_time() - begun, limited=limited or course.short_of_time)
 
@@ -144,9 +152,10 @@ class _Course:
     async def run(self, until: float) -> None:
         first = await self._chat(_prompt(60, self._ratio), _FIRST_ANSWER)
         self._take(first)
-        if first.counted and first.timings.cached_tokens is not None:
+        if first.counted:
             self._ratio = first.prompt_tokens / max(first.estimated, 1)
-        read, wrote = first.prefill_speed or 1.0, first.decode_speed or 1.0
+        # What came all at once tells at least this of how fast it was written.
+        read, wrote = first.prefill_speed or 1.0, first.decode_speed or first.tokens / max(first.last, 1e-3)
         left = until - anyio.current_time()
         size = int(min(read * _PREFILL, (self._server.facts.window or 2 * _MOST) // 2, _MOST))
         size = max(size, _LEAST)
@@ -189,7 +198,7 @@ class _Course:
     async def _look_for_cache(self, prompt: Sequence[Mapping[str, Any]], main: _Timed) -> None:
         """The same beginning once more, with another end."""
         again = await self._chat([*prompt[:-1], {"role": "user", "content": "Now count down from ten, in words."}], 4)
-        times = main.timings.prefill or main.first, again.timings.prefill or again.first
+        times = main.prefill, again.prefill
         told = again.timings.cached_tokens
         if told:
             share: Optional[float] = min(told / max(again.prompt_tokens, 1), 1.0)
@@ -212,19 +221,27 @@ class _Course:
             async with client_for(endpoint).stream(
                 "POST", endpoint.chat_url, content=json.dumps(body).encode(), headers=endpoint.headers
             ) as response:
-                bare = httpx.Response(response.status_code, headers=response.headers, request=httpx.Request("POST", endpoint.address))
+                bare = httpx.Response(
+                    response.status_code, headers=response.headers, request=httpx.Request("POST", endpoint.address)
+                )
                 if response.status_code != 200:
                     text = (await response.aread()).decode("utf-8", "replace")
                     raise _Failed(failures.from_response(bare, text))
-                async for portion in response.aiter_bytes():
-                    for data in decoder.feed(portion):
-                        arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
+                if "json" in response.headers.get("content-type", ""):  # it does not stream at all
+                    _take(answer, await response.aread(), bare)
+                    arrivals.append(anyio.current_time())
+                else:
+                    async for portion in response.aiter_bytes():
+                        for data in decoder.feed(portion):
+                            arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
                 for data in decoder.close():
                     arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ValueError) as error:
+        except (json.JSONDecodeError, httpx.StreamError):
+            raise _Failed(broken("the stream holds something that is no chat chunk")) from None
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise _Failed(failures.from_exception(error, endpoint.address, bool(arrivals))) from None
         if not arrivals:
-            raise _Failed(failures.from_error_body({"error": {"message": "the answer has no token in it"}}, bare.request))
+            raise _Failed(broken("the answer ended without a token"))
         usage, estimated = answer.usage or {}, estimate_prompt(messages)
         counted = positive(usage.get("prompt_tokens"))
         gaps = [later - earlier for earlier, later in zip(arrivals, arrivals[1:])]

@@ -74,6 +74,8 @@ def need(anatomy: Anatomy, quantization: str, window: int, name: str = "") -> Op
         nearest = min(_USUAL, key=lambda size: abs(size - guess))
         per_token = _USUAL[nearest]
         assumed.append(f"{per_token >> 10} KiB per token of context, as usual for models of that size")
+    if anatomy.slides:
+        assumed.append("the context counted whole, although a part of the layers keeps less of it")
     how = f"assumed: {'; '.join(assumed)}" if assumed else "from the model's own numbers, at 2 bytes a value"
     return Need(weights, per_token * window, per_token, how)
 

@@ -6,7 +6,7 @@ from typing import Optional, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
 from metagpt_localllm.checking import Trouble
-from metagpt_localllm.doctor.findings import Finding, Severity
+from metagpt_localllm.doctor.findings import Finding, Severity, shown
 from metagpt_localllm.doctor.measuring import LIMIT
 from metagpt_localllm.doctor.subject import Subject
 from metagpt_localllm.scanning import Found
@@ -59,7 +59,7 @@ def judge_reach(subject: Subject, mended: Optional[str], others: Sequence[Found]
         return [
             Finding(
                 Severity.BROKEN, "base_url", "The server's address is not quite right",
-                f"{evidence}; but a model server answers at {mended}", f"Set {about}.base_url: {mended}",
+                f"{evidence}; but a model server answers at {shown(mended)}", f"Set {about}.base_url: {shown(mended)}",
                 subject.change("base_url", mended), about,
             )
         ]  # fmt: skip
@@ -119,12 +119,18 @@ def judge_slots(subject: Subject, wanted: int) -> list[Finding]:
                 subject.change("local.concurrency", "auto"), subject.about,
             )
         )  # fmt: skip
-    if (facts.slots or 1) > 1 and facts.window is not None and facts.window < wanted <= facts.window * (facts.slots or 1):
+    slots = facts.slots or 1
+    if (
+        subject.server.divides
+        and slots > 1
+        and facts.window is not None
+        and facts.window < wanted <= facts.window * slots
+    ):
         findings.append(
             Finding(
-                Severity.WARNING, "slots", f"The server divides its context by {facts.slots}, and MetaGPT needs it in one piece",
-                f"each of {facts.slots} slots has {facts.window:,} tokens; MetaGPT's roles mostly wait for each other, so one "
-                f"slot with {facts.window * (facts.slots or 1):,} serves them better",
+                Severity.WARNING, "slots", f"The server has {slots} slots, which divide its context unless they share it",
+                f"each has {facts.window:,} tokens. Where `--parallel {slots}` was given, they are a part each of --ctx-size, and one "
+                f"slot would have {facts.window * slots:,}. MetaGPT's roles mostly wait for each other: one slot serves them best",
                 subject.server.remedy_for_slots(), about=subject.about,
             )
         )  # fmt: skip

@@ -31,6 +31,7 @@ class Subject:
         anatomy: the model's size.
         work: what the server was doing before anything was asked of it.
         measured: its speed; None where nothing was measured.
+        own: names and addresses of this machine.
     """
 
     about: str
@@ -40,6 +41,7 @@ class Subject:
     anatomy: Anatomy = Anatomy()
     work: Optional[Work] = None
     measured: Optional[Measured] = None
+    own: frozenset[str] = frozenset()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -57,19 +59,18 @@ class Subject:
 
     @property
     def need(self) -> Optional[Need]:
-        """What the model takes of memory, with the context that is loaded."""
+        """What the model takes of memory at the least, with the context of one slot: slots may share it."""
         window = self.server.facts.window or self.window or 4096
-        slots = self.server.facts.slots or 1
-        return need(self.anatomy, self.server.facts.quantization, window * slots, self.endpoint.model)
+        return need(self.anatomy, self.server.facts.quantization, window, self.endpoint.model)
 
     @property
     def here(self) -> bool:
         """Whether its address is on this machine."""
         host = urlsplit(self.endpoint.base_url).hostname or ""
         try:
-            return ipaddress.ip_address(host).is_loopback
+            return ipaddress.ip_address(host).is_loopback or host in self.own
         except ValueError:
-            return host == "localhost"
+            return host == "localhost" or host in self.own
 
     @property
     def answer_tokens(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Iterator, Optional
 import click
 
 from metagpt_localllm.doctor.diagnosis import Diagnosis
-from metagpt_localllm.doctor.findings import Finding, Severity, exit_code, gigabytes
+from metagpt_localllm.doctor.findings import Finding, Severity, exit_code, gigabytes, shown
 from metagpt_localllm.doctor.machine import Machine
 from metagpt_localllm.doctor.subject import Subject
 from metagpt_localllm.doctor.timing import TierOf
@@ -35,7 +35,7 @@ def as_json(diagnosis: Diagnosis, written: Optional[dict[str, Any]] = None) -> d
         "config": str(diagnosis.config),
         "offline": diagnosis.offline,
         "findings": [finding.as_dict() for finding in diagnosis.findings],
-        "changes": {change.path: change.value for change in diagnosis.changes},
+        "changes": {change.path: shown(change.value) for change in diagnosis.changes},
         "servers": [_server(subject, diagnosis.tiers.get(subject.about, [])) for subject in diagnosis.subjects],
         "machine": asdict(diagnosis.machine) if diagnosis.machine is not None else None,
         "written": written,
@@ -90,11 +90,15 @@ def _head(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _about_server(subject: Subject) -> str:
     where = f"{subject.endpoint.address}, model {subject.endpoint.model}"
-    if subject.seen.trouble is not None and subject.server.facts.window is None:
+    if subject.seen.trouble is not None:
         return f"{where}: {subject.seen.trouble.value}"
     facts = subject.server.facts
     window = f"context of {facts.window:,} tokens" if facts.window else "context unknown"
-    kind = f"{subject.server.name} {facts.version}".strip() if subject.server.name != "plain" else "a server of unknown kind"
+    kind = (
+        f"{subject.server.name} {facts.version}".strip()
+        if subject.server.name != "plain"
+        else "a server of unknown kind"
+    )
     extras = [facts.quantization, window, f"{facts.slots} slots" if (facts.slots or 1) > 1 else ""]
     return f"{kind} at {where} ({', '.join(filter(None, extras))})"
 
@@ -119,9 +123,7 @@ def _about_machine(machine: Machine) -> str:
     swap = f"{gigabytes(machine.swap)} of swap" if machine.swap else "no swap"
     gpus = ", ".join(f"{gpu.name} with {gigabytes(gpu.total)}" for gpu in machine.gpus)
     gpus = gpus or ("a GPU that shares the memory" if machine.unified else "no GPU that nvidia-smi or rocm-smi knows")
-    return (
-        f"{machine.cores} processor cores, {gigabytes(machine.memory)} of memory ({gigabytes(machine.available)} free), {swap}, {gpus}"
-    )
+    return f"{machine.cores} processor cores, {gigabytes(machine.memory)} of memory ({gigabytes(machine.available)} free), {swap}, {gpus}"
 
 
 def _finding(number: int, finding: Finding, width: int) -> Iterator[str]:
@@ -147,7 +149,11 @@ def _wrapped(label: str, text: str, width: int, plain: Optional[str] = None) -> 
         for part in textwrap.wrap(
             whole, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         ):  # fmt: skip
-            yield part.replace(_GLUE, " ").replace(plain or label, label, 1) if first != indent else part.replace(_GLUE, " ")
+            yield (
+                part.replace(_GLUE, " ").replace(plain or label, label, 1)
+                if first != indent
+                else part.replace(_GLUE, " ")
+            )
             first = indent
 
 
@@ -169,9 +175,13 @@ def _end(diagnosis: Diagnosis) -> Iterator[str]:
     broken = sum(finding.severity is Severity.BROKEN for finding in diagnosis.findings)
     held = sum(finding.severity is Severity.WARNING for finding in diagnosis.findings)
     if broken:
-        yield click.style(f"MetaGPT cannot run like this: {_counted(broken, 'thing')} must be mended first.", fg="red", bold=True)
+        yield click.style(
+            f"MetaGPT cannot run like this: {_counted(broken, 'thing')} must be mended first.", fg="red", bold=True
+        )
     elif held:
-        yield click.style(f"It works, but {_counted(held, 'thing')} hold{'s' if held == 1 else ''} it back.", fg="yellow", bold=True)
+        yield click.style(
+            f"It works, but {_counted(held, 'thing')} hold{'s' if held == 1 else ''} it back.", fg="yellow", bold=True
+        )
     else:
         yield click.style("Nothing holds this machine back.", fg="green", bold=True)
 
@@ -180,7 +190,7 @@ def _would_write(diagnosis: Diagnosis) -> Iterator[str]:
     if diagnosis.changes:
         yield "`metagpt-localllm doctor --write` sets this, keeps all comments, and leaves a copy of the file as it was:"
         for change in diagnosis.changes:
-            yield f"   {change.path}: {change.value}"
+            yield f"   {change.path}: {shown(change.value)}"
 
 
 def _written(written: dict[str, Any]) -> Iterator[str]:

@@ -47,7 +47,9 @@ def proposed_tiers(subject: Subject, estimator: Estimator, window: int) -> list[
         }
         if any(estimate is None for estimate in learned.values()):
             return []
-        first, stall, total = (deadline(key, learned[key], DEFAULTS[key]).seconds for key in ("first_token", "stall", "total"))
+        first, stall, total = (
+            deadline(key, learned[key], DEFAULTS[key]).seconds for key in ("first_token", "stall", "total")
+        )
         tiers.append(TierOf(name, size, _round(first), _round(stall), _round(max(total, first, stall))))
     return tiers
 

@@ -63,6 +63,7 @@ class Anatomy:
         key_size: values in one key; ``value_size`` likewise.
         resident: bytes that the loaded model takes in all memories, its context included.
         in_vram: bytes of these that are in the memory of GPUs.
+        slides: whether some layers keep only the last part of the context, so that it takes less.
         path: of the model's file, on the server's machine.
     """
 
@@ -74,6 +75,7 @@ class Anatomy:
     value_size: Optional[int] = None
     resident: Optional[int] = None
     in_vram: Optional[int] = None
+    slides: bool = False
     path: str = ""
 
     @classmethod
@@ -94,6 +96,7 @@ class Anatomy:
             kv_heads=number("attention.head_count_kv") or heads,
             key_size=number("attention.key_length") or usual,
             value_size=number("attention.value_length") or usual,
+            slides=number("attention.sliding_window") is not None,
         )
 
 
@@ -243,7 +246,7 @@ class Server:
         usual_window: context window in tokens that it takes unless told otherwise, where it never says which it has.
         truncates: whether it cuts a prompt that is too long without a word; ``usage.prompt_tokens`` tells what is left.
         sums: whether it refuses a prompt that fits its context, but not together with ``max_tokens``.
-        any_name: whether it answers to any name of a model with the one that it has.
+        divides: whether its slots may divide the context that it was started with; it does not tell.
         blank: whether it answers a prompt that is too long with a 200 that holds no token.
         facts: what it said.
     """
@@ -257,7 +260,7 @@ class Server:
     truncates: ClassVar[bool] = False
     sums: ClassVar[bool] = False
     blank: ClassVar[bool] = False
-    any_name: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     def __init__(self, facts: Optional[Facts] = None, model: str = "") -> None:
         self.facts = facts or Facts()
@@ -285,6 +288,11 @@ class Server:
     def settled(self) -> bool:
         """Whether the facts will stay as they are as long as the server runs; else they are asked for again."""
         return True
+
+    @property
+    def any_name(self) -> bool:
+        """Whether it answers to any name of a model with the one that it has."""
+        return False
 
     @property
     def shows_progress(self) -> bool:

@@ -25,7 +25,7 @@ class LlamaCpp(Server):
     counts: ClassVar[bool] = True
     # More often than once in 1.5 s would delay its own look whether a client is still there (measured, b11549).
     watchable: ClassVar[bool] = True
-    any_name: ClassVar[bool] = True
+    divides: ClassVar[bool] = True
 
     def __init__(self, facts: Optional[Facts] = None, routed: str = "") -> None:
         """``routed``: the model whose server the router asks; "" where there is no router."""
@@ -47,6 +47,10 @@ class LlamaCpp(Server):
         loaded = _status(entry) in ("loaded", "sleeping")
         props = await ask.json(_routed("/props", model)) if loaded else None
         return cls(facts_of(props, entry) if props is not None else Facts(loaded=False), model)
+
+    @property
+    def any_name(self) -> bool:
+        return not self._routed
 
     @property
     def settled(self) -> bool:

@@ -17,7 +17,6 @@ class LlamaCppPython(Server):
 
     name: ClassVar[str] = "llama-cpp-python"
     quiet: ClassVar[bool] = True
-    any_name: ClassVar[bool] = True
     usual_window: ClassVar[Optional[int]] = 2048  # --n_ctx
     blank: ClassVar[bool] = True  # where it streams
 
@@ -32,6 +31,10 @@ class LlamaCppPython(Server):
     async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
         models = await ask.models()
         return cls() if models is not None and cls.recognizes(models) else None
+
+    @property
+    def any_name(self) -> bool:
+        return True
 
     def extras(self) -> Mapping[str, Any]:
         # It takes stream_options and sends no usage all the same.

@@ -18,7 +18,6 @@ class LlamaSwap(LlamaCpp):
     """
 
     name: ClassVar[str] = "llama-swap"
-    any_name: ClassVar[bool] = False
 
     def __init__(self, facts: Optional[Facts] = None, upstream: str = "", is_llama_cpp: bool = True) -> None:
         super().__init__(facts)
@@ -40,6 +39,10 @@ class LlamaSwap(LlamaCpp):
         if props is None or not isinstance(props.get("default_generation_settings"), Mapping):
             return cls(Facts(loaded=True), name, is_llama_cpp=False)
         return cls(facts_of(props, {}), name)
+
+    @property
+    def any_name(self) -> bool:
+        return False
 
     @property
     def settled(self) -> bool:

@@ -67,6 +67,7 @@ class Dialect:
         stops: whether a client that leaves stops the work: "both", or only a "stream".
         loads_on_demand: whether the first request for the model loads it.
         aborts_load: whether the load ends when that client leaves.
+        bare: whether it answers at the same paths without ``/v1``, too.
         answers_while_loading: whether a chat during the load waits; else it is refused with 503.
     """
 
@@ -87,6 +88,7 @@ class Dialect:
     stops: str = "both"
     loads_on_demand: bool = False
     aborts_load: bool = False
+    bare: bool = False
     answers_while_loading: bool = True
 
 
@@ -98,8 +100,8 @@ _VLLM: dict[str, Any] = {"software": "uvicorn", "too_long": "sum", "continues": 
 DIALECTS_BY_NAME: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        Dialect("llama.cpp", "llamacpp", answers_while_loading=False, **_LLAMA_CPP),
-        Dialect("llama.cpp-router", "llamacpp", loads_on_demand=True, **_LLAMA_CPP),
+        Dialect("llama.cpp", "llamacpp", bare=True, answers_while_loading=False, **_LLAMA_CPP),
+        Dialect("llama.cpp-router", "llamacpp", bare=True, loads_on_demand=True, **_LLAMA_CPP),
         Dialect("llama-swap", "llama-swap", loads_on_demand=True, **_LLAMA_CPP),
         Dialect("ollama", "library", early=False, cached=False, too_long="cut", loads_on_demand=True, aborts_load=True),
         Dialect("lmstudio", "organization_owner", too_long="blank", loads_on_demand=True),
@@ -116,7 +118,7 @@ DIALECTS_BY_NAME: Mapping[str, Dialect] = {
             strict=frozenset({"return_progress", "continue_final_message", "add_generation_prompt", "cache_prompt",
                               "timings_per_token", "num_ctx", "keep_alive", "options", "response_prefix"}),
         ),  # fmt: skip
-        Dialect("plain", "someone"),
+        Dialect("plain", "someone", bare=True),
     )
 }
 #: The names of the dialects.
@@ -159,7 +161,7 @@ class State:
 def about(dialect: Dialect, target: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     """The answer to a question beside the chat; None where there is none of that path."""
     path, _, query = target.partition("?")
-    if path in ("/v1/models", "/models"):
+    if path == "/v1/models" or (path == "/models" and dialect.bare):
         return _models(dialect, state)
     if dialect.name == "llama.cpp":
         return _llama_cpp(path, body, state)

@@ -371,7 +371,7 @@ class _Exchange:
         if sim._api_key and path != "/health" and headers.get("authorization") != f"Bearer {sim._api_key}":
             await self._reply(401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}})
             return
-        if path in ("/v1/chat/completions", "/chat/completions"):
+        if path == "/v1/chat/completions" or (path == "/chat/completions" and sim.manner.bare):
             await self._chat(headers.get("x-conversation-id", ""))
             return
         if not sim.manner.answers_while_loading and sim._loading():
