@@ -15,6 +15,7 @@ import click
 from metagpt_localllm.doctor import doctor
 from metagpt_localllm.init import init
 from metagpt_localllm.installation import METAGPT_KEYS, installed_version, metagpt_problems
+from metagpt_localllm.report import report
 from metagpt_localllm.runs import runs
 from metagpt_localllm.stats import stats
 
@@ -35,6 +36,7 @@ def main() -> None:
 
 
 main.add_command(runs)
+main.add_command(report)
 main.add_command(stats)
 main.add_command(doctor)
 main.add_command(init)

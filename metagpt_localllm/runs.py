@@ -15,7 +15,7 @@ from metagpt_localllm.session import VARIABLE, is_alive, locks_of
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import state_at
 
-__all__ = ["runs"]
+__all__ = ["runs", "standing"]
 
 _PATH: str = JournalSettings.model_fields["path"].default
 
@@ -53,11 +53,19 @@ def _idle(context: click.Context, run: str) -> RunRecord:
     return found
 
 
-def _how(context: click.Context, run: RunRecord) -> str:
-    """How it stands: a run that nobody works on any more was killed."""
-    if is_alive(_folder(context), run.id):
+def standing(folder: Path, run: RunRecord) -> str:
+    """How a run stands: running, done, failed, interrupted, or killed, where nobody works on one that has no end.
+
+    Args:
+        folder: of the locks.
+    """
+    if is_alive(folder, run.id):
         return "running"
     return "killed" if run.outcome == "running" else run.outcome
+
+
+def _how(context: click.Context, run: RunRecord) -> str:
+    return standing(_folder(context), run)
 
 
 @runs.command("list")

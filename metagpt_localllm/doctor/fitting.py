@@ -244,7 +244,7 @@ def judge_load(subject: Subject, machine: Machine) -> list[Finding]:
         return [
             Finding(
                 Severity.WARNING, "server_busy", "The server works on something else at the moment",
-                f"it says: {subject.work.what or 'busy'}. So it is measured as slower than it is",
+                f"it says that it {'loads its model' if subject.work.loading else 'is busy'}. So it is measured as slower than it is",
                 "Run doctor again when nothing else uses it.", about=subject.about,
             )
         ]  # fmt: skip
