@@ -112,7 +112,7 @@ class Trouble(enum.Enum):
     """Why a server cannot be used as it is configured."""
 
     NO_SERVER = "no server there"
-    NO_MODEL_SERVER = "something else answers"
+    NO_MODEL_SERVER = "something answers there, but no model server"
     NEEDS_KEY = "wants a key"
     LOADING = "still loads its model"
     NO_SUCH_MODEL = "no such model"

@@ -200,13 +200,21 @@ def test_a_misspelt_model_is_named_with_the_nearest_ones(diagnosed):
 def test_a_server_that_answers_to_any_name_is_not_broken_by_one(diagnosed):
     with serving("llama.cpp") as server:
         report = diagnosed(server, model="gpt-4")
-    assert report.code == 0 and report["model_name"]["severity"] == "note"
+    assert report.code == 0 and report["model_name"]["severity"] == "note" and report.said["changes"] == {}
 
 
 def test_a_server_that_still_loads_is_waited_for_by_a_run(diagnosed):
     with serving("llama.cpp", scale=1, load_time=60) as server:
         report = diagnosed(server)
     assert report.code == 1 and "loading" in report.names
+
+
+def test_a_model_that_is_loaded_on_demand_is_loaded_before_it_is_judged(diagnosed):
+    with serving("ollama", load_time=50, gpu_share=1.0) as server:
+        quick = diagnosed(server, "--quick")
+        report = diagnosed(server)
+    assert quick.code == 0 and "without --quick" in quick["not_loaded"]["remedy"]
+    assert (report.code, report.names) == (0, []) and report.said["servers"][0]["facts"]["window"] == 16384
 
 
 def test_a_chat_that_fails_is_told_in_the_servers_words(diagnosed):
@@ -580,9 +588,16 @@ llm:
 """
 
 
-async def answered_by_metagpt(monkeypatch, home):
-    """What MetaGPT gets that finds this home and this project."""
+@pytest.fixture(scope="session")
+def config2():
+    """MetaGPT's own; it takes the home for good that is there when it is imported, so that is not to be one test's."""
     from metagpt import config2
+
+    return config2
+
+
+async def answered_by_metagpt(config2, monkeypatch, home):
+    """What MetaGPT gets that finds this home and this project."""
     from metagpt.provider.llm_provider_registry import create_llm_instance
 
     monkeypatch.setattr(config2, "CONFIG_ROOT", home / ".metagpt")
@@ -590,7 +605,7 @@ async def answered_by_metagpt(monkeypatch, home):
     return await create_llm_instance(config2.Config.default().llm).aask("hi")
 
 
-def test_write_leaves_a_configuration_that_a_run_uses(home, monkeypatch):
+def test_write_leaves_a_configuration_that_a_run_uses(config2, home, monkeypatch):
     config, loser = home / ".metagpt" / "config2.yaml", home.parent / "project" / "config" / "config2.yaml"
     with serving("ollama", gpu_share=1.0) as server:
         loser.parent.mkdir(parents=True)
@@ -599,7 +614,7 @@ def test_write_leaves_a_configuration_that_a_run_uses(home, monkeypatch):
         first = CliRunner().invoke(main, ["doctor", "--write"], catch_exceptions=False)
         second = CliRunner().invoke(main, ["doctor", "--write"], catch_exceptions=False)
         asked = len(server.requests)
-        assert asyncio.run(answered_by_metagpt(monkeypatch, home)) == COUNTED
+        assert asyncio.run(answered_by_metagpt(config2, monkeypatch, home)) == COUNTED
         assert len(server.requests) == asked + 1 and server.requests[-1]["model"] == "codebooga-34b"
     assert first.exit_code == 2 and "llm.model: codebooga-34b" in first.output
     assert second.exit_code == 1 and "llm.local.context.window: auto" in second.output

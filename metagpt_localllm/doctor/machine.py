@@ -33,7 +33,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Process:
-    """A program by its name alone; ``share`` of all processors, 0 to 1; ``memory`` in bytes."""
+    """All processes of a name; ``share`` of all processors, 0 to 1; ``memory`` in bytes."""
 
     name: str
     share: float
@@ -100,8 +100,13 @@ def _load() -> tuple[float, tuple[Process, ...]]:
     psutil.cpu_percent(None)
     time.sleep(_WATCHED)
     busy, shares = psutil.cpu_percent(None) / 100, _shares(watched)
-    found = [_process(process, share) for process, share in zip(watched, shares) if share > 0.02]
-    busiest = sorted(filter(None, found), key=lambda process: -process.share)
+    by_name: dict[str, Process] = {}
+    for process, share in zip(watched, shares):
+        found = _process(process, share) if share > 0.01 else None
+        if found is not None:
+            same = by_name.get(found.name, Process(found.name, 0.0, 0))
+            by_name[found.name] = Process(found.name, same.share + found.share, same.memory + found.memory)
+    busiest = sorted(by_name.values(), key=lambda process: -process.share)
     return busy, tuple(busiest[:3])
 
 

@@ -90,8 +90,7 @@ def _no_such_model(subject: Subject) -> Finding:
     if seen.server.any_name:
         return Finding(
             Severity.NOTE, "model_name", f"The server has no model '{model}', and answers with the one that it has",
-            f"it lists {listed}", f"Set {subject.about}.model: {near[0]} so that logs and reports name it.",
-            subject.change("model", near[0]), subject.about,
+            f"it lists {listed}", f"Set {subject.about}.model: {near[0]} so that logs and reports name it.", about=subject.about,
         )  # fmt: skip
     remedy = f"Set {subject.about}.model: {near[0]}"
     if seen.server.name == "ollama":

@@ -99,7 +99,7 @@ def _about_server(subject: Subject) -> str:
         if subject.server.name != "plain"
         else "a server of unknown kind"
     )
-    extras = [facts.quantization, window, f"{facts.slots} slots" if (facts.slots or 1) > 1 else ""]
+    extras = [facts.quantization.replace("(guessed) ", ""), window, f"{facts.slots} slots" if (facts.slots or 1) > 1 else ""]
     return f"{kind} at {where} ({', '.join(filter(None, extras))})"
 
 
@@ -205,6 +205,8 @@ def _written(written: dict[str, Any]) -> Iterator[str]:
         yield "There was no setting to write."
     if written["samples"]:
         yield "The measured speed is kept for timeouts: auto."
+    if written["settings"]:
+        yield "Run `metagpt-localllm doctor` again to see whether that was all."
 
 
 def _counted(number: int, what: str) -> str:
