@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 import threading
+from dataclasses import fields, replace
 
 import pytest
 from click.testing import CliRunner
@@ -425,6 +426,21 @@ def test_it_opens_in_the_browser(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------- pure
+
+
+#: What a disk may have made of a value.
+DAMAGED = (None, -1, 1e300, float("nan"), float("inf"), "x", [], {}, [7], [{}], [{"at": "x"}], {"a": 1}, True)
+OF_CALL = [field.name for field in fields(CallRecord) if field.name not in ("number", "digest", "outcome", "superseded")]
+
+
+@pytest.mark.parametrize("field", OF_CALL)
+def test_a_damaged_record_spoils_no_report(field):
+    runs, calls, replays = made_up(3)
+    for value in DAMAGED:
+        damaged = [(run, replace(call, **{field: value}) if call.number == 2 else call) for run, call in calls]
+        page = render(Recorded(runs, {}, damaged, replays, now=runs[0].touched))
+        data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+        assert len(data["calls"]) >= 2 and "nan%" not in page and "inf%" not in page
 
 
 def kinds(call, until=0.0):

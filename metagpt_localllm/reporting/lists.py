@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from typing import Optional, Sequence
 
 from metagpt_localllm.reporting.markup import Column, name, table, text
+from metagpt_localllm.reporting.phases import moment
 from metagpt_localllm.reporting.recorded import Call, Recorded
 from metagpt_localllm.reporting.scales import count, duration, rate, share, short
 from metagpt_localllm.statistics import TIMEOUTS, Percentiles, summarize
@@ -88,7 +89,7 @@ def failures(recorded: Recorded) -> str:
 def savings(recorded: Recorded) -> str:
     """What was taken out of prompts, gone on with, and given again."""
     parts = []
-    trims = [(call, trim) for call in recorded.calls for trim in call.record.trims if isinstance(trim, dict)]
+    trims = [(call, trim) for call in recorded.calls for trim in call.trims]
     if trims:
         columns: list[Column] = [*_where(recorded), ("tokens taken out", True), ("messages left out", True), ("shortened", True), ("made one line", True),
                                  ("tokens left", True), ("room", True), ("context window", True)]  # fmt: skip
@@ -150,7 +151,7 @@ def _of(recorded: Recorded, call: Call) -> list[str]:
 
 
 def _count_of(value: object) -> str:
-    return count(value) if isinstance(value, (int, float)) else "–"
+    return count(moment(value))
 
 
 def _cut(number: int, what: str, which: str = "that are newest") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 from metagpt_localllm.journal import CallRecord, Replay, RunRecord
 from metagpt_localllm.reporting.phases import Attempt, Phase, attempts_of, moment, phases_of
@@ -35,6 +35,12 @@ class Call:
     def end(self) -> float:
         """Seconds since 1970, as far as it is known."""
         return self.phases[-1].end if self.phases else self.record.started
+
+    @property
+    def trims(self) -> Sequence[Mapping[str, Any]]:
+        """What its prompt lost; what a damaged record makes no sense of is left out."""
+        kept = self.record.trims
+        return [trim for trim in kept if isinstance(trim, Mapping)] if isinstance(kept, (list, tuple)) else []
 
     @property
     def outcome(self) -> str:
