@@ -21,7 +21,7 @@ from typing import Callable, Mapping, Optional, Union, get_args
 from metagpt_localllm.tiers import Caller
 
 __all__ = [
-    "KINDS", "CallInfo", "Cancelled", "Continued", "Done", "Event", "Failed", "Loading", "Prefill", "Queued", "Replayed", "Retry", "Sent",
+    "FREQUENT", "KINDS", "CallInfo", "Cancelled", "Continued", "Done", "Event", "Failed", "Loading", "Prefill", "Queued", "Replayed", "Retry", "Sent",
     "Stalled", "Token", "Trimmed", "Waiting", "Working", "publish", "subscribe", "wanted",
 ]  # fmt: skip
 
@@ -263,7 +263,7 @@ Callback = Callable[[Event], None]
 #: All kinds of events.
 KINDS: tuple[type[Event], ...] = get_args(Event)
 #: Those that come so often that they have to be asked for.
-_FREQUENT = (Token, Working)
+FREQUENT: tuple[type[Event], ...] = (Token, Working)
 
 _subscribers: defaultdict[type[Event], list[Callback]] = defaultdict(list)
 _log = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ def subscribe(callback: Callback, *kinds: type[Event]) -> Callable[[], None]:
     Args:
         kinds: none for all but :class:`Token` and :class:`Working`, which come often and have to be asked for.
     """
-    chosen = kinds or tuple(kind for kind in KINDS if kind not in _FREQUENT)
+    chosen = kinds or tuple(kind for kind in KINDS if kind not in FREQUENT)
     for kind in chosen:
         _subscribers[kind].append(callback)
 

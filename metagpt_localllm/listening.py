@@ -61,7 +61,7 @@ class Subscription:
             turns = self._waiting.get(loop)
             if turns is None:
                 turns = self._waiting[loop] = _Turns()
-            turns.put(result, droppable=isinstance(event, (events.Token, events.Prefill)))
+            turns.put(result, droppable=isinstance(event, (*events.FREQUENT, events.Prefill)))
 
 
 class _Turns:
