@@ -147,10 +147,9 @@ async def _until_whole(run: Run) -> Outcome:
         learn_count(run, prompt)
     usage = outcome.usage
     answer = run.answer
-    told = run.server.timings({"usage": answer.usage, "timings": answer.timings})
     run.record.done(
         answer, usage.model_dump(), run.trims, saved=run.saved, ttft=life.ttft, longest_gap=life.longest_gap,
-        timings=answer.timings or {}, cached=told.cached_tokens, queued=life.waited,
+        timings=answer.timings or {}, cached=run.timings().cached_tokens, queued=life.waited,
     )  # fmt: skip
     events.publish(
         events.Done(
@@ -269,7 +268,7 @@ def _learn_speed(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
     if tokens <= 0 and censored is None:
         return
     now = anyio.current_time()
-    told = run.server.timings({"usage": answer.usage, "timings": answer.timings})
+    told = run.timings()
     decoding = life.first_token_at is not None and life.last_token_at is not None
     run.history.record(
         latency.Sample(

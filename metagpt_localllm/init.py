@@ -27,7 +27,7 @@ from metagpt_localllm.scanning import Found, completed, facts_of_models, is_chat
 from metagpt_localllm.servers import Facts, Server, identify
 from metagpt_localllm.servers.base import positive
 from metagpt_localllm.settings import parse_duration
-from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.transport import Endpoint, without_login
 
 __all__ = ["init"]
 
@@ -215,7 +215,7 @@ class _Setup:
             found = asyncio.run(look_at(Endpoint(base_url, self._given.model or "", self._key_for(base_url)), 5.0))
             if found is not None:
                 return found
-        click.echo(f"No model server answers at {Endpoint(tried[0], '').address} now.")
+        click.echo(f"No model server answers at {without_login(tried[0])} now.")
         if not self._ask and not self._given.model:
             raise click.ClickException("start it first, or give its --model, too: then the file is written as you say")
         if self._ask and not click.confirm("Write it down all the same?", default=False):

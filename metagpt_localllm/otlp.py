@@ -19,7 +19,9 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
-__all__ = ["provider_for", "shown", "traces_url"]
+from metagpt_localllm.transport import without_login
+
+__all__ = ["provider_for", "traces_url"]
 
 #: Seconds that the end of the process waits for spans to be delivered.
 _PATIENCE = 3.0
@@ -31,12 +33,6 @@ def traces_url(endpoint: str) -> str:
     """The address that spans are posted to: the endpoint, with OTLP's path where it is not there already."""
     base = endpoint.rstrip("/")
     return base if base.endswith(_PATH) else base + _PATH
-
-
-def shown(url: str) -> str:
-    """``url`` without a user name and password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 @cache
@@ -54,7 +50,7 @@ def provider_for(endpoint: str, tell: Callable[[str], None]) -> TracerProvider:
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(_Exporter(traces_url(endpoint), tell)))
     process = os.getpid()
-    atexit.register(lambda: _end(provider, shown(endpoint), tell) if os.getpid() == process else None)
+    atexit.register(lambda: _end(provider, without_login(endpoint), tell) if os.getpid() == process else None)
     return provider
 
 
@@ -98,7 +94,7 @@ class _Exporter(SpanExporter):
             return
         self._told = True
         hint = " Port 4317 is usually OTLP over gRPC; over HTTP it is 4318." if urlsplit(self._url).port == 4317 else ""
-        self._tell(f"Spans cannot be delivered to {shown(self._url)} ({why[:200]}); those that cannot are lost. This is said once."
+        self._tell(f"Spans cannot be delivered to {without_login(self._url)} ({why[:200]}); those that cannot are lost. This is said once."
                    f"{hint} Setting in config2.yaml: llm.local.telemetry.endpoint.")  # fmt: skip
 
 

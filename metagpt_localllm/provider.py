@@ -12,7 +12,6 @@ import json
 import re
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence, Union
-from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import yaml
@@ -34,7 +33,7 @@ from metagpt_localllm.policies import named
 from metagpt_localllm.settings import LocalSettings
 from metagpt_localllm.telling import log_to
 from metagpt_localllm.tokens import estimate_prompt, estimate_text
-from metagpt_localllm.transport import Endpoint, client_for
+from metagpt_localllm.transport import Endpoint, client_for, is_address
 
 __all__ = ["LocalLLM"]
 
@@ -209,13 +208,13 @@ def _check(config: Any) -> None:
     problem = ""
     if "base_url" not in config.model_fields_set or not config.base_url:
         problem = "base_url is missing: api_type local_llm needs the server's address, such as http://localhost:1234/v1"
-    elif not _is_url(config.base_url, "http", "https"):
+    elif not is_address(config.base_url, "http", "https"):
         problem = "base_url is no address of the form http://host:port/v1"
     elif not config.model:
         problem = f"model is missing: it needs the model's name as the server lists it at {config.base_url}/models"
     elif not re.fullmatch(r"[\x21-\x7e]*", config.api_key.strip()):
         problem = "api_key holds characters that no HTTP header can carry, such as blanks or letters with accents"
-    elif config.proxy and not _is_url(config.proxy, "http", "https", "socks5", "socks5h"):
+    elif config.proxy and not is_address(config.proxy, "http", "https", "socks5", "socks5h"):
         problem = "proxy is no address of the form http://host:port"
     elif config.timeout < 0:
         problem = f"timeout is {config.timeout}; seconds cannot be negative"
@@ -244,14 +243,6 @@ def _warn_of_misplaced() -> None:
             continue
         if isinstance(written, dict) and "local" in written:
             logger.warning(f"{path}: 'local' has no effect there; it belongs under llm (llm.local): indent it.")
-
-
-def _is_url(text: str, *schemes: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in schemes and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return False
 
 
 def _silent(_text: str) -> None:

@@ -24,6 +24,7 @@ from metagpt_localllm.lifecycle import CallLife
 from metagpt_localllm.messages import Message
 from metagpt_localllm.record import Record
 from metagpt_localllm.servers import Server
+from metagpt_localllm.servers.base import Timings
 from metagpt_localllm.session import session_for
 from metagpt_localllm.settings import Backoff, LocalSettings
 from metagpt_localllm.tiers import Caller, choose_tier
@@ -180,8 +181,11 @@ class Run:
 
     def without_key(self, failure: Failure) -> Failure:
         """A server may quote the API key in its error."""
-        key = self.call.endpoint.api_key
-        return replace(failure, what=failure.what.replace(key, "…")) if len(key) > 3 else failure
+        return replace(failure, what=self.call.endpoint.without_key(failure.what))
+
+    def timings(self) -> Timings:
+        """How long the answer took by the server's own clock."""
+        return self.server.timings({"usage": self.answer.usage, "timings": self.answer.timings})
 
     def tell_retry(self, failure: Failure, what: str, delay: float) -> None:
         attempts = self.call.settings.retry.attempts

@@ -20,7 +20,7 @@ import httpx
 from metagpt_localllm.servers import KINDS, Ask, Facts, Loading, forget, identify, kind_named
 from metagpt_localllm.servers.base import Unanswered, entries
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
-from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.transport import Endpoint, is_address
 
 __all__ = [
     "USUAL_PORTS", "Found", "completed", "facts_of_models", "is_chat_model", "look_at", "ollama_host", "same_server",
@@ -203,12 +203,7 @@ def completed(address: str) -> str:
     text = address.strip().rstrip("/")
     text = text[: -len("/chat/completions")] if text.endswith("/chat/completions") else text
     text = text if "://" in text else f"http://{text}"
-    try:
-        parts = urlsplit(text)
-        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        fine = False
-    if not fine:
+    if not is_address(text, "http", "https"):
         raise ValueError(f"{address} is no address of the form http://host:port/v1")
     return text
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 from typing import Any, Dict, List, Literal, Optional, Tuple, Union
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -342,15 +341,13 @@ class TelemetrySettings(_Section):
     @field_validator("endpoint")
     @classmethod
     def _address(cls, value: Optional[str]) -> Optional[str]:
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value)
-            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError("that is no address of the form http://localhost:4318 (OTLP over HTTP)")
+        if value is not None:
+            from metagpt_localllm.transport import (
+                is_address,  # needs httpx, which most configurations need not wait for
+            )
+
+            if not is_address(value, "http", "https"):
+                raise ValueError("that is no address of the form http://localhost:4318 (OTLP over HTTP)")
         return value
 
     @model_validator(mode="after")

@@ -216,7 +216,7 @@ class _Trace:
         if self._done is not None:  # else nothing was computed
             done, counted = self._done, self._counted()
             known[f"{_NAME}.usage.estimated"] = len(counted) < 2
-            cached = run.server.timings({"usage": answer.usage, "timings": answer.timings}).cached_tokens
+            cached = run.timings().cached_tokens
             details = (answer.usage or {}).get("completion_tokens_details")
             reasoning = positive(details.get("reasoning_tokens")) if isinstance(details, Mapping) else None
             known.update(genai.usage(done.prompt_tokens, done.completion_tokens, cached, reasoning))
@@ -261,9 +261,7 @@ class _Trace:
 
     def _clean(self, text: str, least: int = 4) -> str:
         """``text`` without a key of at least so many characters, and without what UTF-8 cannot hold."""
-        key = self._run.call.endpoint.api_key
-        if len(key) >= least:
-            text = text.replace(key, "…")
+        text = self._run.call.endpoint.without_key(text, least)
         return text.encode("utf-8", "replace").decode("utf-8")
 
     def _all_clean(self, known: Mapping[str, Attribute]) -> dict[str, Attribute]:

@@ -13,10 +13,12 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-__all__ = ["Endpoint", "client_for"]
+__all__ = ["Endpoint", "client_for", "is_address", "is_local", "without_login"]
 
 #: MetaGPT's own default of ``llm.api_key``: no key at all.
 _NO_KEY = "sk-"
+#: Characters of a key from which on it is struck out of texts: shorter ones are parts of words.
+_SECRET = 4
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class Endpoint:
     @property
     def address(self) -> str:
         """``base_url`` as it may be shown: without a user name and password."""
-        parts = urlsplit(self.base_url)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return without_login(self.base_url)
 
     @property
     def chat_url(self) -> str:
@@ -57,6 +58,34 @@ class Endpoint:
         if self.api_key and self.api_key != _NO_KEY:
             headers["authorization"] = f"Bearer {self.api_key}"
         return headers
+
+    def without_key(self, text: str, least: int = _SECRET) -> str:
+        """``text`` with … for the key, which a server may quote, where that has at least so many characters."""
+        return text.replace(self.api_key, "…") if len(self.api_key) >= least else text
+
+
+def is_address(text: str, *schemes: str) -> bool:
+    """Whether it is a URL with one of these schemes, a host, and no port that cannot be."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
+def without_login(url: str) -> str:
+    """``url`` as it may be shown: without a user name and password."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def is_local(url: str) -> bool:
+    """Whether its host is this machine by a loopback address."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Optional[str], bool], httpx.AsyncClient]] = (
@@ -72,7 +101,7 @@ def client_for(endpoint: Endpoint) -> httpx.AsyncClient:
     not for servers on this machine.
     """
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
-    trust_environment = endpoint.proxy is None and not _is_local(endpoint.base_url)
+    trust_environment = endpoint.proxy is None and not is_local(endpoint.base_url)
     key = (endpoint.proxy, trust_environment)
     if key not in clients:
         clients[key] = httpx.AsyncClient(
@@ -88,11 +117,3 @@ def client_for(endpoint: Endpoint) -> httpx.AsyncClient:
 @lru_cache(maxsize=1)
 def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
-
-
-def _is_local(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

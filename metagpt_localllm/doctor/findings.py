@@ -6,7 +6,7 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any, Iterable, Union
 
-from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.transport import without_login
 
 __all__ = ["Change", "Finding", "Severity", "exit_code", "gigabytes", "shown"]
 
@@ -92,7 +92,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 def shown(value: Any) -> Any:
     """A setting's value as it may be printed: an address without the user name and password in it."""
-    return Endpoint(value, "").address if isinstance(value, str) and "://" in value else value
+    return without_login(value) if isinstance(value, str) and "://" in value else value
 
 
 def gigabytes(size: float) -> str:

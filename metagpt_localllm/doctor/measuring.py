@@ -127,8 +127,7 @@ async def measure(endpoint: Endpoint, server: Server, limit: float = LIMIT) -> M
         try:
             await course.run(begun + limit)
         except _Failed as failed:
-            said, key = failed.failure.what, endpoint.api_key
-            said = said.replace(key, "…") if len(key) > 3 else said  # a server may quote it
+            said = endpoint.without_key(failed.failure.what)
             course.found = replace(course.found, failure=said, remedy=failed.failure.remedy)
     limited = scope.cancelled_caught
     return replace(course.found, seconds=anyio.current_time() - begun, limited=limited or course.short_of_time)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 from urllib.parse import urlsplit
@@ -14,7 +13,7 @@ from metagpt_localllm.doctor.memory import Need, need
 from metagpt_localllm.servers import Server
 from metagpt_localllm.servers.base import Anatomy, Work, positive
 from metagpt_localllm.settings import LocalSettings
-from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.transport import Endpoint, is_local
 
 __all__ = ["Subject"]
 
@@ -66,11 +65,8 @@ class Subject:
     @property
     def here(self) -> bool:
         """Whether its address is on this machine."""
-        host = urlsplit(self.endpoint.base_url).hostname or ""
-        try:
-            return ipaddress.ip_address(host).is_loopback or host in self.own
-        except ValueError:
-            return host == "localhost" or host in self.own
+        url = self.endpoint.base_url
+        return is_local(url) or (urlsplit(url).hostname or "") in self.own
 
     @property
     def answer_tokens(self) -> int:
