@@ -15,15 +15,13 @@ from typing import Optional, Sequence
 import click
 
 from metagpt_localllm.journal import Journal, RunRecord
-from metagpt_localllm.runs import standing
+from metagpt_localllm.runs import JOURNAL_PATH, journal_file, run_named, standing
 from metagpt_localllm.session import locks_of
-from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import State
 from metagpt_localllm.stats import moment
 
 __all__ = ["report", "write"]
 
-_PATH: str = JournalSettings.model_fields["path"].default
 #: More runs than any journal has.
 _EVERY = 1_000_000
 #: Bytes at the beginning of a file in which the mark of a report is looked for.
@@ -39,7 +37,7 @@ _HEAD = 1024
               help="The file to write; an earlier report gives way.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Overwrite a file that is no report, too.")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
-@click.option("--path", default=_PATH, show_default=True, help="The state file (llm.local.journal.path).")
+@click.option("--path", default=JOURNAL_PATH, show_default=True, help="The state file (llm.local.journal.path).")
 def report(
     which: Optional[str], since: Optional[str], every: bool, output: Path, force: bool, show: bool, path: str
 ) -> None:
@@ -55,13 +53,7 @@ def report(
         start = moment(since, now) if since is not None else 0.0
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--since") from None
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise click.ClickException(
-            f"there is no journal at {file}: calls are recorded once MetaGPT has run with api_type: local_llm and "
-            "llm.local.journal.enabled (which is on unless you turned it off). If llm.local.journal.path in config2.yaml names "
-            "another file, give it here: metagpt-localllm report --path FILE"
-        )
+    file = journal_file(path, "report")
     refusal = _refusal(output, force)
     if refusal:
         raise click.BadParameter(refusal, param_hint="--output")
@@ -101,17 +93,7 @@ def _made(
 
 
 def _chosen(journal: Journal, which: Optional[str], every: bool) -> Sequence[RunRecord]:
-    if which is None and every:
-        return journal.runs(_EVERY)
-    if which in (None, "last"):
-        runs = journal.runs(1)
-        if not runs:
-            raise click.ClickException("no run is recorded yet: run MetaGPT with api_type: local_llm, and look again")
-        return runs
-    found = journal.run(str(which))
-    if found is None:
-        raise click.ClickException(f"there is no run '{which}', or more than one begins so; metagpt-localllm runs lists them")
-    return [found]
+    return journal.runs(_EVERY) if which is None and every else [run_named(journal, which or "last")]
 
 
 def _refusal(output: Path, force: bool) -> str:

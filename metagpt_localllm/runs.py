@@ -15,13 +15,14 @@ from metagpt_localllm.session import VARIABLE, is_alive, locks_of
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import state_at
 
-__all__ = ["runs", "standing"]
+__all__ = ["JOURNAL_PATH", "journal_file", "run_named", "runs", "standing"]
 
-_PATH: str = JournalSettings.model_fields["path"].default
+#: The default of ``llm.local.journal.path``.
+JOURNAL_PATH: str = JournalSettings.model_fields["path"].default
 
 
 @click.group(invoke_without_command=True)
-@click.option("--path", default=_PATH, show_default=True, help="The state file (llm.local.journal.path).")
+@click.option("--path", default=JOURNAL_PATH, show_default=True, help="The state file (llm.local.journal.path).")
 @click.pass_context
 def runs(context: click.Context, path: str) -> None:
     """List, show, resume and forget the runs of MetaGPT that were recorded."""
@@ -50,6 +51,38 @@ def _idle(context: click.Context, run: str) -> RunRecord:
     found = _found(context, run)
     if _how(context, found) == "running":
         raise click.ClickException(f"a process still works on {found.id}")
+    return found
+
+
+def journal_file(path: str, command: str) -> Path:
+    """The state file that ``--path`` of a command names.
+
+    Raises:
+        click.ClickException: it is not there; says what to do.
+    """
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise click.ClickException(
+            f"there is no journal at {file}: calls are recorded once MetaGPT has run with api_type: local_llm and "
+            "llm.local.journal.enabled (which is on unless you turned it off). If llm.local.journal.path in config2.yaml names "
+            f"another file, give it here: metagpt-localllm {command} --path FILE"
+        )
+    return file
+
+
+def run_named(journal: Journal, which: str) -> RunRecord:
+    """The run that ``--run`` names: the only one whose id begins so, or the newest where that is "last".
+
+    Raises:
+        click.ClickException: there is none.
+    """
+    if which == "last":
+        for run in journal.runs(1):
+            return run
+        raise click.ClickException("no run is recorded yet: run MetaGPT with api_type: local_llm, and look again")
+    found = journal.run(which)
+    if found is None:
+        raise click.ClickException(f"there is no run '{which}', or more than one begins so; metagpt-localllm runs lists them")
     return found
 
 

@@ -35,8 +35,8 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 from metagpt_localllm.journal import CallRecord, Replay
 
 __all__ = [
-    "DIMENSIONS", "TIMEOUTS", "CallFigures", "Group", "Percentiles", "figures_of", "per_call", "per_replay", "percentile",
-    "percentiles", "summarize",
+    "DIMENSIONS", "TIMEOUTS", "CallFigures", "Group", "Percentiles", "figures_of", "known_number", "mappings", "per_call",
+    "per_replay", "percentile", "percentiles", "summarize",
 ]  # fmt: skip
 
 #: What calls can be grouped by.
@@ -174,28 +174,28 @@ class Group:
 
 def per_call(run_id: str, call: CallRecord) -> CallFigures:
     """The figures of a call. What a damaged disk has made of its record is taken for unknown, and raises nothing."""
-    attempts = _mappings(call.attempts)
+    attempts = mappings(call.attempts)
     last: Mapping[str, Any] = attempts[-1] if attempts else {}
     usage: Mapping[str, Any] = call.usage if isinstance(call.usage, abc.Mapping) else {}
-    trims, done = _mappings(call.trims), call.outcome == "done"
+    trims, done = mappings(call.trims), call.outcome == "done"
     errors = [str(attempt["error"]) for attempt in attempts if attempt.get("error")]
-    sent = _number(attempts[0].get("at")) if attempts else None
-    ended, saved = _number(call.ended), _count(call.saved_tokens) or 0
+    sent = known_number(attempts[0].get("at")) if attempts else None
+    ended, saved = known_number(call.ended), _count(call.saved_tokens) or 0
     answer_tokens = _count(usage.get("completion_tokens"))
     prompt_tokens = _count(usage.get("prompt_tokens"))
     cached = _count(call.cached_tokens)
     decode = _decode(last, answer_tokens, saved, ended) if done else (None, None)
-    prefill = _prefill(call.timings, _number(last.get("ttft"))) if done else (None, None)
+    prefill = _prefill(call.timings, known_number(last.get("ttft"))) if done else (None, None)
     return CallFigures(
         run=run_id, number=call.number, action=str(call.action), role=str(call.role), model=str(call.model), tier=str(call.tier),
         server=str(call.server), outcome=call.outcome, superseded=call.superseded, finish_reason=call.finish_reason,
-        started=_number(call.started) or 0.0,
+        started=known_number(call.started) or 0.0,
         sent=sent,
         ended=ended,
-        queued=_number(call.queued) or 0.0,
-        ttft=_number(last.get("ttft")) if done else None,
+        queued=known_number(call.queued) or 0.0,
+        ttft=known_number(last.get("ttft")) if done else None,
         total=_total(call, sent, ended),
-        longest_gap=_number(last.get("longest_gap")) if done else None,
+        longest_gap=known_number(last.get("longest_gap")) if done else None,
         prompt_tokens=prompt_tokens if prompt_tokens is not None else _count(last.get("prompt_tokens")),
         cached_tokens=cached if prompt_tokens is None or cached is None else min(cached, prompt_tokens),
         answer_tokens=answer_tokens,
@@ -233,7 +233,7 @@ def figures_of(
             may have been replayed since.
     """
     calls = {(run, call.number): call for run, call in recorded}
-    figures = [per_call(run, call) for (run, _), call in calls.items() if (_number(call.started) or 0.0) >= since]
+    figures = [per_call(run, call) for (run, _), call in calls.items() if (known_number(call.started) or 0.0) >= since]
     figures += [per_replay(replay, calls.get((replay.run, replay.number))) for replay in replays if replay.at >= since]
     return figures
 
@@ -242,7 +242,7 @@ def _total(call: CallRecord, sent: Optional[float], ended: Optional[float]) -> O
     if sent is None or ended is None or call.outcome == "running":
         return None
     # What lies before the first request is no part of it; of the wait for turns, only the rest lies after that.
-    waited = max((_number(call.queued) or 0.0) - max(sent - (_number(call.started) or sent), 0.0), 0.0)
+    waited = max((known_number(call.queued) or 0.0) - max(sent - (known_number(call.started) or sent), 0.0), 0.0)
     return max(ended - sent - waited, 0.0)
 
 
@@ -250,7 +250,7 @@ def _decode(
     attempt: Mapping[str, Any], told: Optional[int], saved: int, call_ended: Optional[float]
 ) -> tuple[Optional[int], Optional[float]]:
     """Tokens after the first and their seconds."""
-    at, ttft, ended = _number(attempt.get("at")), _number(attempt.get("ttft")), _number(attempt.get("ended")) or call_ended
+    at, ttft, ended = known_number(attempt.get("at")), known_number(attempt.get("ttft")), known_number(attempt.get("ended")) or call_ended
     chunks = (_count(attempt.get("tokens")) or 0) - saved
     if at is None or ttft is None or ended is None or chunks < 2:
         return None, None
@@ -262,7 +262,7 @@ def _decode(
 def _prefill(timings: Any, ttft: Optional[float]) -> tuple[Optional[int], Optional[float]]:
     """Prompt tokens that were not cached, and their seconds, of llama.cpp's ``timings``."""
     told = timings if isinstance(timings, abc.Mapping) else {}
-    tokens, milliseconds = _count(told.get("prompt_n")), _number(told.get("prompt_ms"))
+    tokens, milliseconds = _count(told.get("prompt_n")), known_number(told.get("prompt_ms"))
     if not tokens or not milliseconds or ttft is None:
         return None, None
     # A simulated server's clock runs faster than ours; on one clock the prompt never takes longer than the first token.
@@ -272,22 +272,23 @@ def _prefill(timings: Any, ttft: Optional[float]) -> tuple[Optional[int], Option
 
 def _deadlines(value: Any) -> Mapping[str, float]:
     known = value if isinstance(value, abc.Mapping) else {}
-    return {str(name): seconds for name, given in known.items() if (seconds := _number(given)) is not None}
+    return {str(name): seconds for name, given in known.items() if (seconds := known_number(given)) is not None}
 
 
-def _mappings(value: Any) -> list[Mapping[str, Any]]:
+def mappings(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings in a list; none where a damaged record has something else there."""
     return [one for one in value if isinstance(one, abc.Mapping)] if isinstance(value, (list, tuple)) else []
 
 
-def _number(value: Any) -> Optional[float]:
-    """A finite number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
+def known_number(value: Any) -> Optional[float]:
+    """A finite number that is not negative, such as a time or a count; None for all else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LARGEST:
         return None
     return float(value)
 
 
 def _count(value: Any) -> Optional[int]:
-    number = _number(value)
+    number = known_number(value)
     return None if number is None else int(number)
 
 

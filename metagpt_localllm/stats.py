@@ -14,13 +14,13 @@ from typing import Any, Mapping, Optional, Sequence
 import click
 
 from metagpt_localllm.journal import Journal
-from metagpt_localllm.settings import JournalSettings, parse_duration
+from metagpt_localllm.runs import JOURNAL_PATH, journal_file, run_named
+from metagpt_localllm.settings import parse_duration
 from metagpt_localllm.state import State
 from metagpt_localllm.statistics import DIMENSIONS, CallFigures, Group, figures_of, summarize
 
 __all__ = ["moment", "row_of", "stats"]
 
-_PATH: str = JournalSettings.model_fields["path"].default
 #: What calls are grouped by unless the user says otherwise.
 _BY = ("action", "role", "model", "tier")
 #: Columns that no table has.
@@ -56,7 +56,7 @@ class _Words(click.ParamType):
               help=f"What to group by: one or more of {', '.join(DIMENSIONS)}, with commas. [default: {','.join(_BY)}]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write JSON: all figures, the groups and their total.")
 @click.option("--csv", "as_csv", is_flag=True, help="Write CSV: all figures, the groups without their total.")
-@click.option("--path", default=_PATH, show_default=True, help="The state file (llm.local.journal.path).")
+@click.option("--path", default=JOURNAL_PATH, show_default=True, help="The state file (llm.local.journal.path).")
 def stats(
     since: Optional[str], which: Optional[str], by: Sequence[tuple[str, ...]], as_json: bool, as_csv: bool, path: str
 ) -> None:
@@ -71,15 +71,16 @@ def stats(
         start = moment(since, time.time()) if since is not None else 0.0
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--since") from None
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise click.ClickException(_no_journal(file))
+    file = journal_file(path, "stats")
     problems: list[str] = []
-    journal = Journal(State(file, problems.append))
-    run = _named(journal, which, problems)
-    figures = figures_of(journal.recorded(run), journal.replays(run, start), start)
-    for problem in problems:
+
+    def warn(problem: str) -> None:
+        problems.append(problem)
         click.echo(f"Warning: {problem}", err=True)
+
+    journal = Journal(State(file, warn))
+    run = run_named(journal, which).id if which is not None else None
+    figures = figures_of(journal.recorded(run), journal.replays(run, start), start)
     if problems and not figures:
         raise click.exceptions.Exit(1)
     dimensions = tuple(dict.fromkeys(word for words in by for word in words)) or _BY
@@ -162,31 +163,6 @@ def _show(
     if width is None:  # a file or a pipe has none to keep to
         console = Console(highlight=False, width=_ANY_WIDTH)
     render(console, groups, total, figures, dimensions, width=width, explicit=explicit)
-
-
-def _named(journal: Journal, which: Optional[str], problems: Sequence[str]) -> Optional[str]:
-    """The id of the run that the user names; None where all are meant."""
-    if which is None:
-        return None
-    if which == "last":
-        found = next(iter(journal.runs(1)), None)
-    else:
-        found = journal.run(which)
-    if found is None:
-        for problem in problems:
-            click.echo(f"Warning: {problem}", err=True)
-        if which == "last":
-            raise click.ClickException("no run is recorded yet")
-        raise click.ClickException(f"there is no run '{which}', or more than one begins so; metagpt-localllm runs lists them")
-    return found.id
-
-
-def _no_journal(file: Path) -> str:
-    return (
-        f"there is no journal at {file}: calls are recorded once MetaGPT has run with api_type: local_llm and "
-        "llm.local.journal.enabled (which is on unless you turned it off). If llm.local.journal.path in config2.yaml names "
-        "another file, give it here: metagpt-localllm stats --path FILE"
-    )
 
 
 def _nothing(file: Path, since: Optional[str], run: Optional[str]) -> str:

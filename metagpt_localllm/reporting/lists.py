@@ -6,10 +6,9 @@ from collections import Counter, defaultdict
 from typing import Optional, Sequence
 
 from metagpt_localllm.reporting.markup import Column, name, table, text
-from metagpt_localllm.reporting.phases import moment
 from metagpt_localllm.reporting.recorded import Call, Recorded
 from metagpt_localllm.reporting.scales import count, duration, rate, share, short
-from metagpt_localllm.statistics import TIMEOUTS, Percentiles, summarize
+from metagpt_localllm.statistics import TIMEOUTS, Percentiles, known_number, summarize
 
 __all__ = ["PAGE", "calls", "failures", "groups", "runs", "savings"]
 
@@ -151,7 +150,7 @@ def _of(recorded: Recorded, call: Call) -> list[str]:
 
 
 def _count_of(value: object) -> str:
-    return count(moment(value))
+    return count(known_number(value))
 
 
 def _cut(number: int, what: str, which: str = "that are newest") -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional
+from typing import Mapping, Optional
 
 from metagpt_localllm.journal import CallRecord
+from metagpt_localllm.statistics import known_number, mappings
 
-__all__ = ["KINDS", "Attempt", "Phase", "attempts_of", "moment", "phases_of"]
+__all__ = ["KINDS", "Attempt", "Phase", "attempts_of", "phases_of"]
 
 #: The kinds of phases, in the order in which they are drawn over each other, with what a reader is told.
 KINDS: Mapping[str, str] = {
@@ -58,18 +59,18 @@ class Attempt:
 def attempts_of(call: CallRecord) -> list[Attempt]:
     """The attempts of a call in their order; what a damaged record makes no sense of is left out."""
     found = []
-    for one in call.attempts if isinstance(call.attempts, (list, tuple)) else ():
-        at = moment(one.get("at")) if isinstance(one, Mapping) else None
+    for one in mappings(call.attempts):
+        at = known_number(one.get("at"))
         if at is not None:
-            deadlines, prompt = one.get("deadlines"), moment(one.get("prompt_tokens"))
+            deadlines, prompt = one.get("deadlines"), known_number(one.get("prompt_tokens"))
             found.append(
                 Attempt(
                     at=at,
-                    ended=moment(one.get("ended")),
+                    ended=known_number(one.get("ended")),
                     prompt_tokens=None if prompt is None else int(prompt),
-                    deadline=moment(deadlines.get("first_token")) if isinstance(deadlines, Mapping) else None,
-                    ttft=moment(one.get("ttft")),
-                    tokens=int(moment(one.get("tokens")) or 0),
+                    deadline=known_number(deadlines.get("first_token")) if isinstance(deadlines, Mapping) else None,
+                    ttft=known_number(one.get("ttft")),
+                    tokens=int(known_number(one.get("tokens")) or 0),
                     error=str(one.get("error") or ""),
                     detail=str(one.get("detail") or ""),
                 )
@@ -86,8 +87,8 @@ def phases_of(call: CallRecord, until: float) -> list[Phase]:
         until: how long a call lasted at the least that has no end, as one that was killed; seconds since 1970.
     """
     attempts, found, now = attempts_of(call), [], call.started
-    waited = moment(call.queued) or 0.0
-    ended = moment(call.ended)
+    waited = known_number(call.queued) or 0.0
+    ended = known_number(call.ended)
 
     def reach(kind: str, end: float) -> None:
         nonlocal now
@@ -113,10 +114,3 @@ def phases_of(call: CallRecord, until: float) -> list[Phase]:
     if ended is not None:
         reach("pause", ended)
     return found
-
-
-def moment(value: Any) -> Optional[float]:
-    """A finite number that is not negative, such as a time or a count; None for all else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e15:
-        return None
-    return float(value)

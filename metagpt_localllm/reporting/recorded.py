@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, Mapping, Optional, Sequence
 
 from metagpt_localllm.journal import CallRecord, Replay, RunRecord
-from metagpt_localllm.reporting.phases import Attempt, Phase, attempts_of, moment, phases_of
-from metagpt_localllm.statistics import CallFigures, Group, figures_of, per_call, summarize
+from metagpt_localllm.reporting.phases import Attempt, Phase, attempts_of, phases_of
+from metagpt_localllm.statistics import CallFigures, Group, figures_of, known_number, mappings, per_call, summarize
 
 __all__ = ["OUTCOMES", "Call", "Recorded"]
 
@@ -39,8 +39,7 @@ class Call:
     @property
     def trims(self) -> Sequence[Mapping[str, Any]]:
         """What its prompt lost; what a damaged record makes no sense of is left out."""
-        kept = self.record.trims
-        return [trim for trim in kept if isinstance(trim, Mapping)] if isinstance(kept, (list, tuple)) else []
+        return mappings(self.record.trims)
 
     @property
     def outcome(self) -> str:
@@ -78,7 +77,7 @@ class Recorded:
         found = []
         for run, record in self.everything:
             attempts = attempts_of(record)
-            started = moment(record.started) or (attempts[0].at if attempts else 0.0)
+            started = known_number(record.started) or (attempts[0].at if attempts else 0.0)
             if started and started >= self.since:
                 record = replace(record, started=started)
                 last = attempts[-1].at if attempts else started  # as far as is known
