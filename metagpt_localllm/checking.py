@@ -10,7 +10,7 @@ import difflib
 import enum
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import httpx
 import yaml
@@ -23,7 +23,7 @@ from metagpt_localllm.settings import LocalSettings, refuse_misplaced
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
-    "NOT_OURS", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "llm_blocks", "our_blocks",
+    "NOT_OURS", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks", "our_blocks",
     "read_config", "see",
 ]  # fmt: skip
 
@@ -187,8 +187,13 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         )
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=reason)
     names = tuple(str(entry.get("id")) for entry in entries(listing, "data"))
-    missing = names and endpoint.model not in names and f"{endpoint.model}:latest" not in names
+    missing = names and not is_listed(endpoint.model, names)
     return Seen(endpoint, server, names, Trouble.NO_SUCH_MODEL if missing else None)
+
+
+def is_listed(model: str, names: Sequence[str]) -> bool:
+    """Whether a server that lists these has the model. Ollama takes a name without its tag for ``:latest``."""
+    return model in names or f"{model}:latest" in names
 
 
 def _shape() -> Any:

@@ -139,9 +139,10 @@ def simulate(**options: Any) -> None:
 def check(config: Optional[Path], offline: bool) -> None:
     """Check config2.yaml, the installation and the server, without starting MetaGPT."""
     from metagpt_localllm.checking import check_config
+    from metagpt_localllm.config_file import user_config
     from metagpt_localllm.installation import check_hook, check_metagpt
 
-    path = config or Path.home() / ".metagpt" / "config2.yaml"
+    path = config or user_config()
     checks = [*check_config(path, offline), *check_metagpt(), *check_hook()]
     for one in checks:
         mark = click.style("ok   ", fg="green") if one.fine else click.style("wrong", fg="red")

@@ -10,16 +10,18 @@ import difflib
 import importlib.util
 import os
 import re
-import stat
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from metagpt_localllm.config_text import KeyPath, YamlProblem, parsed, with_values
+from metagpt_localllm.whole_file import fill, own, replace_file
 
-__all__ = ["Change", "ConfigFileError", "apply", "config_files", "propose", "propose_values", "read", "set_values", "user_config"]
+__all__ = [
+    "Change", "ConfigFileError", "apply", "config_files", "located", "propose", "propose_values", "read", "set_values",
+    "user_config",
+]  # fmt: skip
 
 #: Settings whose values are never shown: to the end of the line, or to the next setting in the same braces.
 _SECRET = re.compile(
@@ -125,7 +127,7 @@ def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
     try:
         return propose(path, with_values(before or "", values))
     except YamlProblem as problem:
-        raise ConfigFileError(_at(path, problem)) from None
+        raise ConfigFileError(located(path, problem)) from None
 
 
 def propose(path: Path, text: str) -> Change:
@@ -138,7 +140,7 @@ def propose(path: Path, text: str) -> Change:
     try:
         wrong = _problems(parsed(text))
     except YamlProblem as problem:
-        raise ConfigFileError(_at(path, problem)) from None
+        raise ConfigFileError(located(path, problem)) from None
     with contextlib.suppress(YamlProblem):
         known = _problems(parsed(before)) if before and wrong else []
         wrong = [problem for problem in wrong if problem not in known]
@@ -170,7 +172,7 @@ def apply(change: Change) -> Change:
         if change.before is not None:
             like = target.stat()
             backup = _copy(change.path, change.before.encode(), like)
-        _replace(target, change.after.encode(), like)
+        replace_file(target, change.after.encode(), like)
     except OSError as error:
         raise ConfigFileError(f"{change.path} cannot be written: {error.strerror or error}") from None
     return replace(change, backup=backup)
@@ -182,45 +184,18 @@ def _copy(path: Path, content: bytes, like: os.stat_result) -> Path:
         backup = path.with_name(name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            _fill(descriptor, content)
-            _own(backup, like)
+            fill(descriptor, content)
+            own(backup, like)
             return backup
     raise FileExistsError(f"there are too many copies named {name}")
-
-
-def _replace(target: Path, content: bytes, like: Optional[os.stat_result]) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        _fill(descriptor, content)
-        if like is not None:
-            _own(Path(name), like)
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _own(path: Path, like: os.stat_result) -> None:
-    """Gives a file the owner, where that is allowed, and the mode of another."""
-    if hasattr(os, "chown"):
-        with contextlib.suppress(PermissionError):
-            os.chown(path, like.st_uid, like.st_gid)
-    os.chmod(path, stat.S_IMODE(like.st_mode))
-
-
-def _fill(descriptor: int, content: bytes) -> None:
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _hidden(text: str) -> str:
     return _SECRET.sub(lambda found: f"{found['name']}***", text)
 
 
-def _at(path: Path, problem: YamlProblem) -> str:
+def located(path: Path, problem: YamlProblem) -> str:
+    """What is wrong with a file, and where in it."""
     where = f"{path}, line {problem.line}" if problem.line else str(path)
     return f"{where}: {problem.reason}"
 

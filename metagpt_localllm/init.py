@@ -11,11 +11,13 @@ from typing import Any, Mapping, Optional
 
 import click
 
+from metagpt_localllm.checking import is_listed
 from metagpt_localllm.config_file import (
     Change,
     ConfigFileError,
     apply,
     config_files,
+    located,
     propose,
     propose_values,
     read,
@@ -129,8 +131,7 @@ def _llm_of(path: Path) -> Mapping[str, Any]:
     try:
         block = parsed(text or "").get("llm")
     except YamlProblem as problem:
-        where = f"{path}, line {problem.line}" if problem.line else str(path)
-        raise ConfigFileError(f"{where}: {problem.reason}\nMend it, or move it away, and run this again") from None
+        raise ConfigFileError(f"{located(path, problem)}\nMend it, or move it away, and run this again") from None
     return block if isinstance(block, dict) else {}
 
 
@@ -252,7 +253,7 @@ class _Setup:
         before = [name for name in models if name == self._old.get("model")]
         default = next(iter(before or loaded or models), None)
         if self._given.model:
-            if models and not _listed(self._given.model, models):
+            if models and not is_listed(self._given.model, models):
                 near = difflib.get_close_matches(self._given.model, models, n=3, cutoff=0.0)
                 raise click.ClickException(f"the server lists no model '{self._given.model}', but {', '.join(near)}")
             return self._given.model
@@ -270,7 +271,7 @@ class _Setup:
             answer = str(click.prompt("2/4  Which model?", default=usual)).strip()
             if answer.isdigit() and 1 <= int(answer) <= len(models):
                 return models[int(answer) - 1]
-            if answer and (not models or _listed(answer, models)):
+            if answer and (not models or is_listed(answer, models)):
                 return answer
             click.echo("It is none of these; answer with a number or a name from the list.")
 
@@ -298,7 +299,8 @@ class _Setup:
             "llm.api_type": "local_llm", "llm.base_url": answers.base_url, "llm.model": answers.model,
             "llm.max_token": answers.max_token, "llm.local.timeouts.total": answers.longest,
         }  # fmt: skip
-        if not (read(self._path) or "").strip():
+        text = read(self._path) or ""
+        if not text.strip():
             if self._key:
                 values["llm.api_key"] = self._key
             return propose(self._path, with_values(_TEMPLATE.format(key=_KEY_LINE if self._key else ""), values))
@@ -312,7 +314,7 @@ class _Setup:
             values["llm.api_key"] = self._key
         elif moved and old.get("api_key"):
             values["llm.api_key"] = "not-needed"  # another server's key is not for this one
-        if read(self._path) and "llm" in parsed(read(self._path) or "") and not old:
+        if not old and "llm" in parsed(text):
             values = {"llm": _nested(values)}
         return propose_values(self._path, values)
 
@@ -381,11 +383,6 @@ def _loaded(facts: Optional[Facts]) -> str:
     parts = ["loaded"] if facts and facts.loaded else []
     parts += [f"context {facts.window:,} tokens"] if facts and facts.window else []
     return f"  ({', '.join(parts)})" if parts else ""
-
-
-def _listed(name: str, models: list[str]) -> bool:
-    """Ollama takes a name without its tag for ``:latest``."""
-    return name in models or f"{name}:latest" in models
 
 
 def _at(block: Any, *keys: str) -> Any:

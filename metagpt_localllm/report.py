@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import stat
-import tempfile
 import time
 import webbrowser
 from datetime import datetime
@@ -19,6 +16,7 @@ from metagpt_localllm.runs import JOURNAL_PATH, journal_file, run_named, standin
 from metagpt_localllm.session import locks_of
 from metagpt_localllm.state import State
 from metagpt_localllm.stats import moment
+from metagpt_localllm.whole_file import replace_file
 
 __all__ = ["report", "write"]
 
@@ -127,14 +125,5 @@ def write(output: Path, page: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    output = output.resolve()  # where it is a link, what it leads to
-    # mkstemp's files are 0600.
-    handle, draft = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-        os.replace(draft, output)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise
+    # Where it is a link, what it leads to.
+    replace_file(output.resolve(), page.encode())
