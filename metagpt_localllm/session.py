@@ -83,9 +83,6 @@ class Session:
         tell: gets what a person should know, in a sentence.
         ask: puts a yes-or-no question, where ``journal.resume`` is "ask"; None where nobody can answer.
 
-    Attributes:
-        kept: whole answers of the run that the journal has.
-
     Raises:
         ValueError: METAGPT_LOCALLLM_RESUME names a run that there is not.
     """
@@ -101,7 +98,6 @@ class Session:
         self._left = Leftovers(())
         self._number = 0
         self._open: set[int] = set()
-        self.kept = 0
         self._last = ""
         self.process = os.getpid()
         self.broken_off = False
@@ -148,7 +144,7 @@ class Session:
         return run.id
 
     def _take_over(self, run: RunRecord, left: Leftovers, broken: Sequence[CallRecord]) -> None:
-        self._number, self._left, self.kept = self._journal.last_number(run.id), left, run.calls
+        self._number, self._left = self._journal.last_number(run.id), left
         for call in broken:
             self._journal.supersede(run.id, call.number)
         more = f", but for its last {len(broken)}, of which MetaGPT could make nothing" if broken else ""
@@ -224,7 +220,6 @@ class Session:
     def finish(self, number: int, outcome: str, **what: Any) -> None:
         """``outcome``: done, failed or cancelled."""
         self._open.discard(number)
-        self.kept += outcome == "done"
         self._last = outcome
         self.broken_off = False
         self._journal.end_call(self.id, number, outcome, **what)
@@ -235,6 +230,12 @@ class Session:
         self._journal.replayed(self.id, number, tokens)
 
     # ------------------------------------------------------------------ its end
+
+    def kept(self) -> int:
+        """Whole answers of the run that the journal has. Waits for the disk."""
+        self._journal.flush()
+        run = self._journal.run(self.id)
+        return run.calls if run is not None else 0
 
     def end(self) -> None:
         """Whether the run ended well decides whether it is gone on with when the same command is started again."""
@@ -263,10 +264,10 @@ def broke_off() -> None:
 
 
 def current() -> tuple[str, int]:
-    """The name of this process's run, and how many answers are kept of it; "" and 0 where there is none."""
+    """The name of this process's run, and how many answers are kept of it; "" and 0 where there is none. Waits for the disk."""
     for opened in _sessions.values():
         if opened.process == os.getpid():
-            return opened.id, opened.kept
+            return opened.id, opened.kept()
     return "", 0
 
 
