@@ -21,6 +21,8 @@ from metagpt_localllm.notebook import Output, in_notebook
 from metagpt_localllm.phases import Board, Phase, View
 from metagpt_localllm.rows import Painter
 from metagpt_localllm.settings import ProgressSettings
+from metagpt_localllm.telling import name_of
+from metagpt_localllm.tiers import Caller
 
 __all__ = ["LiveRows", "LogLines", "Progress", "can_draw", "hide", "show"]
 
@@ -222,8 +224,8 @@ def show(settings: ProgressSettings, logger: Any) -> None:
     mode = settings.mode
 
     def say(view: View, text: str) -> None:
-        caller = "/".join(part for part in (view.role, view.action) if part) or "direct call"
-        (logger.warning if view.phase is Phase.STALLED else logger.info)(f"call {view.number} ({caller}): {text}")
+        who = name_of(view.number, Caller(view.action, view.role))
+        (logger.warning if view.phase is Phase.STALLED else logger.info)(f"{who}: {text}")
 
     def choose() -> Optional[Shower]:
         if mode != "log" and not _is_child:

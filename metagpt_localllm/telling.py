@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import Any, Callable
 
 from metagpt_localllm import events
-from metagpt_localllm.events import CallInfo, Event
+from metagpt_localllm.events import Event
+from metagpt_localllm.tiers import Caller
 
 __all__ = ["log_to", "name_of"]
 
 
-def name_of(call: CallInfo) -> str:
+def name_of(number: int, caller: Caller) -> str:
     """What the log's lines about a call begin with."""
-    return f"call {call.number} ({call.caller})"
+    return f"call {number} ({caller})"
 
 
 def log_to(logger: Any) -> Callable[[Event], None]:
     """A subscriber that writes to ``logger``, which is MetaGPT's (loguru's)."""
 
     def log(event: Event) -> None:
-        who = name_of(event.call)
+        who = name_of(event.call.number, event.call.caller)
         if isinstance(event, events.Sent):
             for why in event.why.values():
                 logger.debug(f"{who}: {why}")

@@ -106,11 +106,7 @@ async def diagnose(
 
 
 def _judge_config(config: Configuration) -> list[Finding]:
-    if (
-        config.findings
-        and any(finding.severity is Severity.BROKEN for finding in config.findings)
-        and not config.content
-    ):
+    if not config.content and any(finding.severity is Severity.BROKEN for finding in config.findings):
         return []
     llm = config.content.get("llm")
     if not isinstance(llm, dict):

@@ -63,9 +63,7 @@ def _server(subject: Subject, tiers: list[TierOf]) -> dict[str, Any]:
 def as_text(diagnosis: Diagnosis, width: int = 100, written: Optional[dict[str, Any]] = None) -> str:
     """The same for people, the most important first."""
     lines = [*_head(diagnosis), ""]
-    number = 0
-    for finding in diagnosis.findings:
-        number += 1
+    for number, finding in enumerate(diagnosis.findings, 1):
         lines += [*_finding(number, finding, width), ""]
     for subject in diagnosis.subjects:
         lines += _deadlines(subject, diagnosis.tiers.get(subject.about, []), width)

@@ -81,7 +81,7 @@ def judge_deadlines(subject: Subject, estimator: Estimator, prompt: int) -> list
         prompt: tokens of a large prompt of MetaGPT, as it would be sent.
     """
     findings = []
-    settings, about = subject.settings, subject.about
+    settings = subject.settings
     blocks: list[tuple[str, Union[Tier, Timeouts], int]] = [("local.timeouts", settings.timeouts, prompt)]
     for index, tier in enumerate(settings.tiers):
         blocks.append((f"local.tiers.{index}", tier, min(tier.match.max_prompt_tokens or prompt, prompt)))
@@ -98,7 +98,7 @@ def judge_deadlines(subject: Subject, estimator: Estimator, prompt: int) -> list
         if needed is not None and cap < needed:
             room = int(_round(2 * needed))
             findings.append(_too_short(subject, "timeout", float(cap), needed, "total", prompt, room))
-    return [finding for finding in findings if finding.about == about]
+    return findings
 
 
 def _needed(subject: Subject, estimator: Estimator, name: str, prompt: int) -> Optional[float]:
