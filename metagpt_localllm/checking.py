@@ -23,12 +23,14 @@ from metagpt_localllm.settings import LocalSettings, refuse_misplaced
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
-    "NOT_OURS", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks", "our_blocks",
+    "NOT_OURS", "NO_LIST", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks", "our_blocks",
     "read_config", "see",
 ]  # fmt: skip
 
 #: The problem of a configuration that does not use this package at all.
 NOT_OURS = "nothing in it has api_type: local_llm, so MetaGPT uses its own providers"
+#: Why an address is not that of the API.
+NO_LIST = "there is no list of models at <base_url>/models; if that is meant to be so, set llm.local.server: plain"
 #: Seconds for the list of models.
 _LIMIT = 5.0
 
@@ -181,11 +183,9 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         reason = "odd characters in llm.api_key or the address" if odd else str(error) or type(error).__name__
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     server = (await identify(endpoint, named)).server
-    if listing is None and server.name == Server.name and named == "auto":
-        reason = (
-            "there is no list of models at <base_url>/models; if that is meant to be so, set llm.local.server: plain"
-        )
-        return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=reason)
+    # Some kinds are known by what they answer beside the API: that does not show that the API is at this address.
+    if listing is None and server.lists and named != Server.name:
+        return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=NO_LIST)
     names = tuple(str(entry.get("id")) for entry in entries(listing, "data"))
     missing = names and not is_listed(endpoint.model, names)
     return Seen(endpoint, server, names, Trouble.NO_SUCH_MODEL if missing else None)

@@ -26,6 +26,7 @@ from metagpt_localllm.journal import CallRecord, Journal, RunRecord
 from metagpt_localllm.servers.base import Anatomy
 from metagpt_localllm.simulator import Answer, Fault, SimulatorThread
 from metagpt_localllm.simulator import Machine as Simulated
+from metagpt_localllm.simulator.dialects import DIALECTS_BY_NAME
 from metagpt_localllm.state import State, state_at
 
 GB = 10**9
@@ -143,6 +144,22 @@ def test_a_mistake_in_the_address_is_mended(diagnosed, wrong):
             address = address.replace(old, new)
         report = diagnosed(address, model=server.model)
     assert report.code == 2 and report.said["changes"] == {"llm.base_url": server.base_url}
+
+
+LISTING = [name for name, dialect in DIALECTS_BY_NAME.items() if not dialect.bare and name != "transformers"]
+
+
+@pytest.mark.parametrize("dialect", LISTING)
+def test_the_missing_v1_is_mended_whatever_the_server_is(diagnosed, dialect):
+    with serving(dialect) as server:
+        report = diagnosed(server.base_url.replace("/v1", ""), "--quick", model=server.model)
+    assert report.code == 2 and report.said["changes"] == {"llm.base_url": server.base_url}
+
+
+def test_the_missing_v1_of_a_server_that_lists_no_model_is_told_by_the_chat(diagnosed):
+    with serving("transformers") as server:
+        report = diagnosed(server.base_url.replace("/v1", ""), model=server.model)
+    assert report.code == 2 and "base_url to end in /v1" in report["chat"]["remedy"]
 
 
 def test_http_for_https_is_mended(diagnosed, tmp_path, monkeypatch):

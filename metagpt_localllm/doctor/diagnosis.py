@@ -13,7 +13,7 @@ import anyio
 from pydantic import ValidationError
 
 from metagpt_localllm import servers
-from metagpt_localllm.checking import NOT_OURS, Seen, Trouble, config_problems, endpoint_of, our_blocks, see
+from metagpt_localllm.checking import NO_LIST, NOT_OURS, Seen, Trouble, config_problems, endpoint_of, our_blocks, see
 from metagpt_localllm.doctor import fitting, gguf, machine, serving, timing
 from metagpt_localllm.doctor.findings import Change, Finding, Severity
 from metagpt_localllm.doctor.machine import Machine
@@ -166,7 +166,7 @@ async def _examine(
     say(f"asking {endpoint.address}")
     subject = Subject(about, block, settings, await see(endpoint, settings.server), own=machine.own_addresses())
     findings = await _judge_reach(subject, say)
-    if subject.seen.trouble is not None and any(finding.severity is not Severity.NOTE for finding in findings):
+    if any(finding.severity is not Severity.NOTE for finding in findings):
         return subject, findings, []
     if subject.server.any_name:
         subject = replace(subject, seen=replace(subject.seen, trouble=None))
@@ -200,9 +200,14 @@ def _settings(block: Mapping[str, Any]) -> LocalSettings:
 
 
 async def _judge_reach(subject: Subject, say: Say) -> list[Finding]:
-    trouble, mended = subject.seen.trouble, None
+    seen, mended = subject.seen, None
     others: list[Found] = []
-    if trouble in (Trouble.NO_SERVER, Trouble.NO_MODEL_SERVER):
+    if seen.trouble is None and not seen.names and not seen.server.lists:
+        # It need not have a list; but where a variant of its address has one, that is the API's.
+        mended = await _mended(subject)
+        if mended is not None:
+            subject = replace(subject, seen=replace(seen, trouble=Trouble.NO_MODEL_SERVER, reason=NO_LIST))
+    elif seen.trouble in (Trouble.NO_SERVER, Trouble.NO_MODEL_SERVER):
         say("looking for servers on this machine")
         mended = await _mended(subject)
         if mended is None:
