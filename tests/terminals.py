@@ -120,6 +120,9 @@ class Tmux:
     def ended(self):
         return self._tmux("display", "-p", "#{pane_dead}").strip() == "1"
 
+    def how_it_ended(self):
+        return self._tmux("display", "-p", "status #{pane_dead_status}, signal #{pane_dead_signal}").strip()
+
     def __enter__(self):
         return self
 

@@ -267,11 +267,15 @@ def without_times(text):
 
 
 def finished(tmux):
+    """All that a program has said, once it has ended."""
     until = time.monotonic() + 60
-    while not tmux.ended() and time.monotonic() < until:
+    while not tmux.ended():
+        assert time.monotonic() < until, f"it never ended; the screen is\n{tmux.screen()}"
         time.sleep(0.05)
     text = without_times(tmux.everything())
-    return re.sub(r"\n*Pane is dead.*", "", text).rstrip()
+    said = re.sub(r"\n*Pane is dead.*", "", text).rstrip()
+    assert said, f"it ended without a word: {text.strip()!r} {tmux.how_it_ended()}"
+    return said
 
 
 @needs_tmux
