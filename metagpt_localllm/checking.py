@@ -70,10 +70,10 @@ def check_config(path: Path, offline: bool) -> list[Check]:
         return [Check(False, f"{path}:"), *(Check(False, problem) for problem in problems)]
     checks = [Check(True, str(path))]
     if not offline:
-        for _, block in our_blocks(loaded):
+        for where, block in our_blocks(loaded):
             server = (block.get("local") or {}).get("server", "auto")
             seen = asyncio.run(see(endpoint_of(block), server))
-            checks.append(Check(seen.trouble is None, str(seen)))
+            checks.append(Check(seen.trouble is None, seen.sentence(where)))
     return checks
 
 
@@ -122,7 +122,7 @@ class Trouble(enum.Enum):
 
 @dataclass(frozen=True)
 class Seen:
-    """A server as it was found; as text it is one sentence for people.
+    """A server as it was found.
 
     Attributes:
         server: what it is; UNKNOWN where there is trouble with it.
@@ -142,20 +142,21 @@ class Seen:
         """The models that it has whose names are most like the one that was asked for."""
         return difflib.get_close_matches(self.endpoint.model, self.names, n=3, cutoff=0.0)
 
-    def __str__(self) -> str:
-        where, model, facts = f"llm.base_url {self.endpoint.address}", self.endpoint.model, self.server.facts
+    def sentence(self, about: str) -> str:
+        """For people; ``about``: path of the block that names the server, such as ``llm``."""
+        where, model, facts = f"{about}.base_url {self.endpoint.address}", self.endpoint.model, self.server.facts
         if self.trouble is Trouble.NO_SERVER:
             return f"{where}: no server there ({self.reason}). Is it started, and is the address right?"
         if self.trouble is Trouble.NO_MODEL_SERVER:
             return f"{where}: something answers there, but not as a model server does ({self.reason})"
         if self.trouble is Trouble.NEEDS_KEY:
-            return f"{where}: it refuses the API key, or wants one (llm.api_key)"
+            return f"{where}: it refuses the API key, or wants one ({about}.api_key)"
         if self.trouble is Trouble.LOADING:
             return f"{where}: it is loading its model; try again when it is done"
         if self.trouble is Trouble.NO_SUCH_MODEL:
-            return f"{where}: it lists no model '{model}', but {', '.join(self.near)} (llm.model)"
+            return f"{where}: it lists no model '{model}', but {', '.join(self.near)} ({about}.model)"
         window = f", context {facts.window:,} tokens" if facts.window else ", context unknown"
-        hint = "" if facts.window else ": set llm.local.context.window to what is loaded"
+        hint = "" if facts.window else f": set {about}.local.context.window to what is loaded"
         return f"{where}: {self.server.name}, model {model}{window}{hint}"
 
 
@@ -219,14 +220,13 @@ def _shape() -> Any:
 
 
 def llm_blocks(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every block that sets up a model, with its path."""
+    """Every block that sets up a model, with its path; what has not the form of one is left out."""
+    models, roles = config.get("models"), config.get("roles")
     blocks: list[tuple[str, Any]] = [("llm", config.get("llm"))]
-    blocks += [(f"models.{name}", block) for name, block in (config.get("models") or {}).items()]
-    blocks += [
-        (f"roles.{index}.llm", role.get("llm"))
-        for index, role in enumerate(config.get("roles") or [])
-        if isinstance(role, dict)
-    ]
+    if isinstance(models, dict):
+        blocks += [(f"models.{name}", block) for name, block in models.items()]
+    if isinstance(roles, list):
+        blocks += [(f"roles.{index}.llm", role.get("llm")) for index, role in enumerate(roles) if isinstance(role, dict)]
     return [(where, block) for where, block in blocks if isinstance(block, dict)]
 
 
