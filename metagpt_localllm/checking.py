@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
 import httpx
-import yaml
 from pydantic import ValidationError, create_model, model_validator
 
+from metagpt_localllm.config_file import ConfigFileError, content_of
 from metagpt_localllm.installation import METAGPT_KEYS, Check
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
@@ -23,8 +23,8 @@ from metagpt_localllm.settings import LocalSettings, refuse_misplaced
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
-    "NOT_OURS", "NO_LIST", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks", "our_blocks",
-    "read_config", "see",
+    "NOT_OURS", "NO_LIST", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks",
+    "our_blocks", "see",
 ]  # fmt: skip
 
 #: The problem of a configuration that does not use this package at all.
@@ -35,34 +35,14 @@ NO_LIST = "there is no list of models at <base_url>/models; if that is meant to 
 _LIMIT = 5.0
 
 
-class ConfigError(ValueError):
-    """A config2.yaml that is not there, or cannot be read; its text says what to do."""
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The file's content.
-
-    Raises:
-        ConfigError: not there, not readable, no YAML, or no mapping.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: create it; the README has the four lines that it needs") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        hint = "\nYAML takes no tabs: indent with blanks" if "\\t" in str(error) else ""
-        raise ConfigError(f"{path} cannot be read: {error}{hint}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: there is no block 'llm'")
-    return loaded
-
-
 def check_config(path: Path, offline: bool) -> list[Check]:
     """The file, and the servers that it names unless ``offline``."""
     try:
-        loaded = read_config(path)
-    except ConfigError as error:
+        loaded = content_of(path)
+    except ConfigFileError as error:
         return [Check(False, str(error))]
+    if loaded is None:
+        return [Check(False, f"{path} does not exist: create it; the README has the four lines that it needs")]
     if not isinstance(loaded.get("llm"), dict):
         return [Check(False, f"{path}: there is no block 'llm'")]
     problems = config_problems(loaded)

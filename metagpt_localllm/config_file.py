@@ -13,13 +13,13 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from metagpt_localllm.config_text import KeyPath, YamlProblem, parsed, with_values
 from metagpt_localllm.whole_file import fill, own, replace_file
 
 __all__ = [
-    "Change", "ConfigFileError", "apply", "config_files", "located", "propose", "propose_values", "read", "set_values",
+    "Change", "ConfigFileError", "apply", "config_files", "content_of", "propose", "propose_values", "read", "set_values",
     "user_config",
 ]  # fmt: skip
 
@@ -110,6 +110,19 @@ def read(path: Path) -> Optional[str]:
         raise ConfigFileError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def content_of(path: Path) -> Optional[dict[Any, Any]]:
+    """What is in the file; None where there is no file.
+
+    Raises:
+        ConfigFileError: it cannot be read, or does not parse.
+    """
+    text = read(path)
+    if text is None:
+        return None
+    with _located(path):
+        return parsed(text)
+
+
 def set_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
     """Sets values in a file; :func:`propose_values` and :func:`apply` in one."""
     return apply(propose_values(path, values))
@@ -124,10 +137,8 @@ def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
         ConfigFileError: the file does not parse, or the result has a mistake that was not there before.
     """
     before = read(path)
-    try:
+    with _located(path):
         return propose(path, with_values(before or "", values))
-    except YamlProblem as problem:
-        raise ConfigFileError(located(path, problem)) from None
 
 
 def propose(path: Path, text: str) -> Change:
@@ -137,10 +148,8 @@ def propose(path: Path, text: str) -> Change:
         ConfigFileError: the file cannot be read, or the text has a mistake that was not there before.
     """
     before = read(path)
-    try:
+    with _located(path):
         wrong = _problems(parsed(text))
-    except YamlProblem as problem:
-        raise ConfigFileError(located(path, problem)) from None
     with contextlib.suppress(YamlProblem):
         known = _problems(parsed(before)) if before and wrong else []
         wrong = [problem for problem in wrong if problem not in known]
@@ -194,10 +203,14 @@ def _hidden(text: str) -> str:
     return _SECRET.sub(lambda found: f"{found['name']}***", text)
 
 
-def located(path: Path, problem: YamlProblem) -> str:
-    """What is wrong with a file, and where in it."""
-    where = f"{path}, line {problem.line}" if problem.line else str(path)
-    return f"{where}: {problem.reason}"
+@contextlib.contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """What is wrong with the text of a file is told with the file and the line."""
+    try:
+        yield
+    except YamlProblem as problem:
+        where = f"{path}, line {problem.line}" if problem.line else str(path)
+        raise ConfigFileError(f"{where}: {problem.reason}") from None
 
 
 def _problems(content: dict[Any, Any]) -> list[str]:

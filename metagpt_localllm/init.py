@@ -17,13 +17,13 @@ from metagpt_localllm.config_file import (
     ConfigFileError,
     apply,
     config_files,
-    located,
+    content_of,
     propose,
     propose_values,
     read,
     user_config,
 )
-from metagpt_localllm.config_text import YamlProblem, parsed, with_values
+from metagpt_localllm.config_text import parsed, with_values
 from metagpt_localllm.installation import installed_version, metagpt_problems
 from metagpt_localllm.scanning import Found, completed, facts_of_models, is_chat_model, look_at, same_server, scan
 from metagpt_localllm.servers import Facts, Server, identify
@@ -127,11 +127,10 @@ def _llm_of(path: Path) -> Mapping[str, Any]:
     Raises:
         ConfigFileError: the file cannot be read, or does not parse.
     """
-    text = read(path)
     try:
-        block = parsed(text or "").get("llm")
-    except YamlProblem as problem:
-        raise ConfigFileError(f"{located(path, problem)}\nMend it, or move it away, and run this again") from None
+        block = (content_of(path) or {}).get("llm")
+    except ConfigFileError as error:
+        raise ConfigFileError(f"{error}\nMend it, or move it away, and run this again") from None
     return block if isinstance(block, dict) else {}
 
 
