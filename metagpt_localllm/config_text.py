@@ -185,11 +185,12 @@ class _Place:
         text, start, end = self.text, node.start_mark.index, _end(self.text, node)
         lines_wanted = not self.flow and _has_lines(value)
         if isinstance(node, CollectionNode) and not node.flow_style and not self.flow:
-            same = isinstance(node, SequenceNode) == isinstance(value, list)
-            column = node.start_mark.column if same else self.column + 2
-            lines = _lines(value, column) if lines_wanted else [" " * (self.column + 2) + _flow(value)]
             line = text.rfind("\n", 0, start) + 1
-            before = text[:line] if not text[line:start].strip() else text[:start]
+            behind_dash = bool(text[line:start].strip())
+            same = isinstance(node, SequenceNode) == isinstance(value, list)
+            column = node.start_mark.column if same or behind_dash else self.column + 2
+            lines = _lines(value, column) if lines_wanted else [" " * (self.column + 2) + _flow(value)]
+            before = text[:start] if behind_dash else text[:line]
             new = _newline(text).join(lines)
             return before + (new if before.endswith("\n") or not before else new.lstrip(" ")) + text[end:]
         if isinstance(node, ScalarNode) and node.style in ("|", ">"):

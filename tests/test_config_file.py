@@ -58,6 +58,7 @@ def test_tiers_take_the_place_of_tiers():
         ("a: |\n  t\n\nb: 2\n", {"a": "x"}, "a: x\n\nb: 2\n"),
         ("b: 2\na: |+\n  t\n\n", {"c": 1}, "b: 2\na: |+\n  t\n\nc: 1\n"),
         ("l:\n- a\n- b: 1\n", {"l.1.c": {"d": 1}}, "l:\n- a\n- b: 1\n  c:\n    d: 1\n"),
+        ("l:\n-  - a\n   - b\n", {"l.0": {"c": 1, "d": 2}}, "l:\n-  c: 1\n   d: 2\n"),
         ("l: []\nk: 1\n", {"l": [{"m": 1}]}, "l:\n  - m: 1\nk: 1\n"),
         ("a: 1\r\nb: 2\r\n", {"c.d": 1}, "a: 1\r\nb: 2\r\nc:\r\n  d: 1\r\n"),
         ("---\na: 1\n...\n", {"b": 2}, "---\na: 1\nb: 2\n...\n"),
