@@ -127,12 +127,19 @@ DIALECTS = tuple(DIALECTS_BY_NAME)
 
 @dataclass
 class Job:
-    """One request that is worked on: what of it is done, in tokens."""
+    """One chat request, counted from 1: the tokens of its prompt, and how many of them were processed, those from the cache
+    included; and those of its answer until now."""
 
     number: int
     prompt: int
+    cached: int = 0
     processed: int = 0
     decoded: int = 0
+
+    @property
+    def spent(self) -> int:
+        """Tokens that the machine has worked for."""
+        return self.processed - self.cached + self.decoded
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ from metagpt_localllm.simulator.resumable import Stream, Streams
 
 __all__ = ["Simulator", "SimulatorThread", "serve"]
 
-_PING = 30.0
-_FOREVER = 1e9
+#: Simulated seconds between two comments of a server that only keeps the connection alive; and real ones without an end.
+_PING, _FOREVER = 30.0, 1e9
 AnswerFunction = Callable[[Sequence[Mapping[str, Any]], Optional[Sequence[Mapping[str, Any]]]], Answer]
 
 
@@ -69,7 +69,7 @@ class Simulator:
 
     Attributes:
         stats: what it has done.
-        requests: the bodies of all chat requests, in order.
+        requests: the bodies of all chat requests, in order; ``raw_requests``: the same as they were sent.
         paths: of all requests, in order, without the query.
         faults: the script; may be changed while it runs.
 
@@ -441,6 +441,7 @@ class _Exchange:
         sim, stats = self.sim, self.sim.stats
         body = self._json()
         stats.requests += 1
+        number = stats.requests
         sim.requests.append(body)
         sim.raw_requests.append(self.body)
         messages: list[Mapping[str, Any]] = body.get("messages") or []
@@ -465,6 +466,7 @@ class _Exchange:
         prompt, partial = prompt_of(manner, body)
         if cuts:
             prompt = clip(prompt, context, halved=manner.too_long == "cut")
+        job = Job(number, len(prompt))
         wanted = body.get("max_tokens") or body.get("max_completion_tokens") or context
         error = None if cuts else overflow(manner, len(prompt), int(wanted), context)
         if error is not None and manner.too_long != "blank":
@@ -474,17 +476,16 @@ class _Exchange:
         self.deaf = manner.stops == "stream" and not body.get("stream")
         if conversation and manner.resumes and body.get("stream"):
             self.stream = sim._streams.open(conversation)
-        done = [0, 0]
         try:
             await self._load()
             if error is not None:
                 await self._leave_blank(body, len(prompt))
                 return
-            async with self._slot():
-                await self._generate(body, prompt, partial, fault, done)
+            async with self._slot(job):
+                await self._generate(body, prompt, partial, fault, job)
         except (_ClientGone, ConnectionError) as left:
             stats.cancelled += 1
-            stats.wasted_tokens += sum(done)
+            stats.wasted_tokens += job.spent
             if not isinstance(left, _Stopped) or self.gone or self.http.our_state is not h11.SEND_BODY:
                 raise
             await self._end()
@@ -518,19 +519,21 @@ class _Exchange:
         await self._end()
 
     @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """A slot once there is one; a client that goes away leaves the queue."""
+    async def _slot(self, job: Job) -> AsyncIterator[None]:
+        """A slot for the job once there is one; a client that goes away leaves the queue."""
         while self.sim._slots.locked():
             await self._work(0.2 if self.sim.scale <= 1 else 0.2 * min(self.sim.scale, 10))
         async with self.sim._slots:
             self.sim._running = asyncio.current_task()
+            self.sim._jobs.append(job)
             try:
                 yield
             finally:
+                self.sim._jobs.remove(job)
                 self.sim._running = None
 
     async def _fail_at_once(self, fault: Optional[Fault]) -> bool:
-        """Faults that come before any work."""
+        """Faults that come before any work; whether there was one."""
         if fault is None:
             return False
         if fault.kind == "hang":
@@ -564,91 +567,54 @@ class _Exchange:
         return True
 
     async def _generate(
-        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault], done: list[int]
+        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault], job: Job
     ) -> None:
-        job = Job(self.sim.stats.requests, len(prompt))
-        self.sim._jobs.append(job)
-        try:
-            await self._answer(body, prompt, partial, fault, done, job)
-        finally:
-            self.sim._jobs.remove(job)
-
-    async def _answer(
-        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault],
-        done: list[int], job: Job,
-    ) -> None:  # fmt: skip
+        """Reads the prompt and writes the answer; ``partial``: its beginning, which is there already."""
         sim, machine, stats, manner = self.sim, self.sim.machine, self.sim.stats, self.sim.manner
         stream = bool(body.get("stream"))
         chunk = _chunker(sim.model)
-        early = stream and manner.early
-        if early:
+        if stream and manner.early:
             await self._start_stream()
-        cached = sim._cache.shared(prompt) if machine.prefix_cache else 0
-        stats.cached_tokens += cached
         begun = time.monotonic()
-        progress = early and manner.progress == "events" and body.get("return_progress")
-        position = job.processed = cached
-        while position < len(prompt):
-            if progress:
-                await self._event(_progress(chunk, cached, position, len(prompt)))
-            size = min(machine.batch, len(prompt) - position)
-            await self._work(seconds(size, machine.prefill_speed))
-            position += size
-            stats.prefill_tokens += size
-            done[0] += size
-            job.processed = position
-            if early and manner.progress == "comments":
-                await self._comment(f"keepalive {position - cached}/{len(prompt) - cached}")
-            sim._cache.hold(prompt[:position])
-        if progress:
-            await self._event(_progress(chunk, cached, len(prompt), len(prompt)))
+        shows = manner.progress if stream and manner.early else ""
+        if shows == "events" and not body.get("return_progress"):
+            shows = ""
+        await self._prefill(prompt, job, chunk, shows)
         prefill_ms = (time.monotonic() - begun) * 1000 * sim.scale
 
         messages = list(body.get("messages") or [])
         if partial is not None and messages and messages[-1].get("role") == "assistant":
             messages.pop()  # what is continued is no part of what is asked
         answer = sim._answer(messages, body.get("tools"))
+        front = partial if partial and answer.text.startswith(partial) else ""
         reasoning = tokenize(answer.reasoning)
-        text = answer.text
-        if partial is not None and text.startswith(partial):
-            text = text[len(partial) :]
-        else:
-            partial = None
-        pieces = [*reasoning, *(tokenize(answer.tool_arguments) if answer.tool_name else tokenize(text))]
-        room = machine.context - len(prompt)
+        pieces = [*reasoning, *tokenize(answer.tool_arguments if answer.tool_name else answer.text[len(front) :])]
+        room = machine.context - job.prompt
         limit = max(min(int(body.get("max_tokens") or room), room), 1)
         reason = "length" if len(pieces) > limit else "tool_calls" if answer.tool_name else "stop"
         pieces = pieces[:limit]
-        if stream and not early:
+        if stream and not manner.early:
             await self._work(seconds(1, machine.decode_speed))
             await self._start_stream()
         for number, piece in enumerate(pieces):
-            if fault is not None and number == fault.after and await self._fail_in_stream(fault, stream):
-                stats.wasted_tokens += sum(done)
+            if fault is not None and number == fault.after and await self._fail_in_stream(fault):
+                stats.wasted_tokens += job.spent
                 return
             await self._work(seconds(1, machine.decode_speed))
             stats.decode_tokens += 1
-            done[1] += 1
             job.decoded += 1
             if stream:
                 await self._event(chunk(_delta(number, piece, len(reasoning), answer.tool_name)))
-        if fault is not None and fault.after >= len(pieces) and await self._fail_in_stream(fault, stream):
-            stats.wasted_tokens += sum(done)
+        if fault is not None and fault.after >= len(pieces) and await self._fail_in_stream(fault):
+            stats.wasted_tokens += job.spent
             return
-        decode_ms = (time.monotonic() - begun) * 1000 * sim.scale - prefill_ms
-        usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": len(pieces),
-                                 "total_tokens": len(prompt) + len(pieces)}  # fmt: skip
-        if manner.cached:
-            usage["prompt_tokens_details"] = {"cached_tokens": cached}
-        timings = {"cache_n": cached, "prompt_n": len(prompt) - cached, "prompt_ms": prefill_ms,
-                   "predicted_n": len(pieces), "predicted_ms": decode_ms}  # fmt: skip
-        totals: dict[str, Any] = {} if fault is not None and fault.kind == "no_usage" else {"usage": usage}
-        if manner.progress == "events":
-            totals["timings"] = timings
+        totals = self._totals(job, prefill_ms, (time.monotonic() - begun) * 1000 * sim.scale - prefill_ms)
+        if fault is not None and fault.kind == "no_usage":
+            del totals["usage"]
         stats.completed += 1
         if not stream:
-            front = partial if partial and manner.repeats else ""
-            await self._reply(200, _whole(sim.model, answer, front + "".join(pieces), reason, totals))
+            text = (front if manner.repeats else "") + "".join(pieces)
+            await self._reply(200, _whole(sim.model, answer, text, reason, totals))
             return
         await self._event({**chunk({}, reason), **(totals if manner.usage == "always" else {})})
         asked = manner.usage == "asked" and (body.get("stream_options") or {}).get("include_usage")
@@ -658,8 +624,38 @@ class _Exchange:
             await self._event("[DONE]")
         await self._end()
 
-    async def _fail_in_stream(self, fault: Fault, stream: bool) -> bool:
-        """Faults in the middle of an answer."""
+    async def _prefill(self, prompt: list[str], job: Job, chunk: Callable[..., dict[str, Any]], shows: str) -> None:
+        """Reads what of the prompt is not cached; ``shows``: how one sees that, as ``Dialect.progress`` names it."""
+        sim, machine = self.sim, self.sim.machine
+        job.cached = job.processed = sim._cache.shared(prompt) if machine.prefix_cache else 0
+        sim.stats.cached_tokens += job.cached
+        while job.processed < job.prompt:
+            if shows == "events":
+                await self._event(_progress(chunk, job))
+            size = min(machine.batch, job.prompt - job.processed)
+            await self._work(seconds(size, machine.prefill_speed))
+            job.processed += size
+            sim.stats.prefill_tokens += size
+            if shows == "comments":
+                await self._comment(f"keepalive {job.processed - job.cached}/{job.prompt - job.cached}")
+            sim._cache.hold(prompt[: job.processed])
+        if shows == "events":
+            await self._event(_progress(chunk, job))
+
+    def _totals(self, job: Job, prefill_ms: float, decode_ms: float) -> dict[str, Any]:
+        """What the last chunk tells of the whole answer; times are those of the simulated machine."""
+        usage: dict[str, Any] = {"prompt_tokens": job.prompt, "completion_tokens": job.decoded,
+                                 "total_tokens": job.prompt + job.decoded}  # fmt: skip
+        if self.sim.manner.cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": job.cached}
+        if self.sim.manner.progress != "events":
+            return {"usage": usage}
+        timings = {"cache_n": job.cached, "prompt_n": job.prompt - job.cached, "prompt_ms": prefill_ms,
+                   "predicted_n": job.decoded, "predicted_ms": decode_ms}  # fmt: skip
+        return {"usage": usage, "timings": timings}
+
+    async def _fail_in_stream(self, fault: Fault) -> bool:
+        """Faults in the middle of an answer; whether that ends it."""
         if fault.kind == "stall":
             await self._work(_FOREVER * self.sim.scale)
         elif fault.kind == "drop":
@@ -693,8 +689,8 @@ def _chunker(model: str) -> Callable[..., dict[str, Any]]:
     return chunk
 
 
-def _progress(chunk: Callable[..., dict[str, Any]], cached: int, processed: int, total: int) -> dict[str, Any]:
-    state = {"total": total, "cache": cached, "processed": processed, "time_ms": 0}
+def _progress(chunk: Callable[..., dict[str, Any]], job: Job) -> dict[str, Any]:
+    state = {"total": job.prompt, "cache": job.cached, "processed": job.processed, "time_ms": 0}
     return {**chunk({"role": "assistant", "content": None}), "prompt_progress": state}
 
 
