@@ -13,6 +13,7 @@ from typing import Callable, Deque, Mapping, Optional
 
 from metagpt_localllm import events
 from metagpt_localllm.events import CallInfo, Event
+from metagpt_localllm.wording import counted
 
 __all__ = ["Board", "Phase", "View", "clock"]
 
@@ -270,10 +271,10 @@ class _Running:
 
     def generating(self, now: float) -> _Words:
         speed = self._speed()
-        counted = f"{self.tokens:,} token{'s' * (self.tokens != 1)}"
+        tokens = counted(self.tokens, "token")
         if speed is None:
-            return f"generating {counted}", counted, None, None
-        return f"generating {counted} at {speed:.1f} tok/s", f"{self.tokens:,} tok, {speed:.1f}/s", None, None
+            return f"generating {tokens}", tokens, None, None
+        return f"generating {tokens} at {speed:.1f} tok/s", f"{self.tokens:,} tok, {speed:.1f}/s", None, None
 
     def stalled(self, now: float) -> _Words:
         silence = now - self.since

@@ -17,6 +17,7 @@ from metagpt_localllm.session import locks_of
 from metagpt_localllm.state import State
 from metagpt_localllm.stats import moment
 from metagpt_localllm.whole_file import replace_file
+from metagpt_localllm.wording import counted
 
 __all__ = ["report", "write"]
 
@@ -60,7 +61,7 @@ def report(
         write(output, page)
     except OSError as error:
         raise click.ClickException(f"{output} cannot be written: {error.strerror}. Choose another place with --output.") from None
-    click.echo(f"{output}: {calls:,} call{'s' * (calls != 1)}, {len(page.encode()) / 1e6:.1f} MB")
+    click.echo(f"{output}: {counted(calls, 'call')}, {len(page.encode()) / 1e6:.1f} MB")
     if show and not webbrowser.open(output.resolve().as_uri()):
         click.echo(f"No browser was found: open {output.resolve().as_uri()} yourself.", err=True)
 

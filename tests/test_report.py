@@ -23,12 +23,13 @@ from metagpt_localllm.journal import CallRecord, Journal, RunRecord
 from metagpt_localllm.reporting.page import render
 from metagpt_localllm.reporting.phases import phases_of
 from metagpt_localllm.reporting.recorded import Recorded
-from metagpt_localllm.reporting.scales import bins, count_ticks, duration, rate, share, tick_label
+from metagpt_localllm.reporting.scales import bins, count_ticks, share, tick_label
 from metagpt_localllm.reporting.timeline import axis_of, rows_of
 from metagpt_localllm.simulator import Machine, SimulatorThread, parse_fault
 from metagpt_localllm.state import State
 from metagpt_localllm.statistics import summarize
 from metagpt_localllm.tiers import Caller
+from metagpt_localllm.wording import duration, rate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DESK, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}

@@ -12,19 +12,21 @@ from metagpt_localllm.reporting.scales import (
     bins,
     count,
     count_ticks,
-    duration,
     duration_short,
-    rate,
     share,
 )
 from metagpt_localllm.statistics import percentile, percentiles
+from metagpt_localllm.wording import duration, rate
 
-__all__ = ["Point", "Ratio", "columns_over_time", "histogram", "legend", "ratios", "scatter", "stacked"]
+__all__ = ["POINT_KINDS", "Point", "Ratio", "columns_over_time", "histogram", "legend", "ratios", "scatter", "stacked"]
 
 #: Of this many attempts each one's deadline is drawn; of more, the middle and the range by size of the prompt.
 _SINGLE_DEADLINES = 300
 #: Parts of an axis between two labels, at the least: of a small figure, and of one as wide as the page.
 _NARROW, _WIDE = 0.17, 0.08
+#: Kinds of points in the scatter plot: most of the prompt was read anew, or the server does not say; most came from its cache;
+#: no token came.
+POINT_KINDS = ("new", "cached", "none")
 #: Columns of a chart over time.
 _COLUMNS = 40
 
@@ -35,8 +37,7 @@ class Point:
 
     Attributes:
         call: index of its call.
-        kind: new (most of the prompt was read anew, or the server does not say), cached (most came from its cache), or
-            none (no token came).
+        kind: one of POINT_KINDS.
         tokens: of the prompt.
         seconds: to the first token, or those that were waited in vain.
         deadline: for the first token, in seconds; None: not known.
@@ -109,7 +110,7 @@ def scatter(points: Sequence[Point]) -> str:
         lower = [at(tokens, least) for tokens, least, _, _ in reversed(classes)]
         drawn.append(("band", f"M{'L'.join(upper + lower)}z"))
         drawn.append(("deadline", "M" + "L".join(at(tokens, middle) for tokens, _, middle, _ in classes)))
-    for kind in ("new", "cached", "none"):
+    for kind in POINT_KINDS:
         dots = "".join(f"M{at(point.tokens, point.seconds)}h.01" for point in points if point.kind == kind)
         if dots:
             drawn.append((f"dots {kind}", dots))
