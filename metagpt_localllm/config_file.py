@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional
 
 from metagpt_localllm.config_text import KeyPath, YamlProblem, parsed, with_values
-from metagpt_localllm.whole_file import fill, own, replace_file
+from metagpt_localllm.whole_file import copy_owner_and_mode, replace_file, write_and_close
 
 __all__ = [
-    "Change", "ConfigFileError", "apply", "config_files", "content_of", "propose", "propose_values", "read", "set_values",
+    "ConfigFileError", "FileChange", "apply", "config_files", "content_of", "propose", "propose_values", "read", "set_values",
     "user_config",
 ]  # fmt: skip
 
@@ -37,7 +37,7 @@ class ConfigFileError(Exception):
 
 
 @dataclass(frozen=True)
-class Change:
+class FileChange:
     """What becomes of a file.
 
     Attributes:
@@ -123,12 +123,12 @@ def content_of(path: Path) -> Optional[dict[Any, Any]]:
         return parsed(text)
 
 
-def set_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
+def set_values(path: Path, values: Mapping[KeyPath, Any]) -> FileChange:
     """Sets values in a file; :func:`propose_values` and :func:`apply` in one."""
     return apply(propose_values(path, values))
 
 
-def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
+def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> FileChange:
     """The change that sets ``values`` (path of the key → value) and leaves every other byte; nothing is written.
 
     Paths and values are those of :func:`metagpt_localllm.config_text.with_values`; a file that is not there is begun.
@@ -141,7 +141,7 @@ def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
         return propose(path, with_values(before or "", values))
 
 
-def propose(path: Path, text: str) -> Change:
+def propose(path: Path, text: str) -> FileChange:
     """The change that gives the file this text; nothing is written.
 
     Raises:
@@ -155,10 +155,10 @@ def propose(path: Path, text: str) -> Change:
         wrong = [problem for problem in wrong if problem not in known]
     if wrong:
         raise ConfigFileError("\n".join([f"{path} is left as it is, since it would not be valid:", *wrong]))
-    return Change(path, before, text)
+    return FileChange(path, before, text)
 
 
-def apply(change: Change) -> Change:
+def apply(change: FileChange) -> FileChange:
     """Writes the change, unless it changes nothing; the file is at no time there by half.
 
     Its mode stays; a new one, which may hold an API key, is for its owner only (0600). What was there is kept beside
@@ -193,8 +193,8 @@ def _copy(path: Path, content: bytes, like: os.stat_result) -> Path:
         backup = path.with_name(name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            fill(descriptor, content)
-            own(backup, like)
+            write_and_close(descriptor, content)
+            copy_owner_and_mode(backup, like)
             return backup
     raise FileExistsError(f"there are too many copies named {name}")
 

@@ -13,8 +13,8 @@ import click
 
 from metagpt_localllm.checking import is_listed
 from metagpt_localllm.config_file import (
-    Change,
     ConfigFileError,
+    FileChange,
     apply,
     config_files,
     content_of,
@@ -47,9 +47,6 @@ No model server answers on this machine at the usual ports. Start one of these, 
 #: MetaGPT's own default of ``llm.max_token``; room for the thoughts of a model that thinks.
 _ANSWER, _ANSWER_OF_THINKERS = 4096, 8192
 _THINKERS = ("qwq", "-r1", "think", "reason", "magistral", "gpt-oss")
-#: Context in tokens below which most prompts of MetaGPT 0.8 and of 1.0 (up to 20,000) are shortened.
-_WANTED, _WANTED_BY_1_0 = 8192, 32768
-
 #: Not an option: everybody on the machine can read those.
 _KEY_VARIABLE = "METAGPT_LOCALLLM_API_KEY"
 
@@ -293,7 +290,7 @@ class _Setup:
 
     # -------------------------------------------------------------------------------------------- the file
 
-    def _change(self, answers: _Answers) -> Change:
+    def _change(self, answers: _Answers) -> FileChange:
         values: dict[Any, Any] = {
             "llm.api_type": "local_llm", "llm.base_url": answers.base_url, "llm.model": answers.model,
             "llm.max_token": answers.max_token, "llm.local.timeouts.total": answers.longest,
@@ -317,7 +314,7 @@ class _Setup:
             values = {"llm": _nested(values)}
         return propose_values(self._path, values)
 
-    def _write(self, change: Change) -> None:
+    def _write(self, change: FileChange) -> None:
         if not change.changes:
             click.echo(f"\n{self._path} says all this already; it is left as it is.")
             return
@@ -333,9 +330,11 @@ class _Setup:
 
     def _advise(self, found: Found, model: str) -> None:
         """What to do next, and what will trouble."""
-        newest = (installed_version("metagpt") or "").startswith("1.")
+        from metagpt_localllm.doctor.fitting import wanted_window  # psutil, which the questions need not wait for
+
+        version = installed_version("metagpt")
         server = asyncio.run(_server_of(found, model, self._key)) if found.models or found.kind != "plain" else None
-        wanted = _WANTED_BY_1_0 if newest else _WANTED
+        wanted = wanted_window(version).good
         window = server.facts.window if server is not None else None
         if server is not None and window is not None and window < wanted:
             click.echo(
@@ -354,7 +353,7 @@ class _Setup:
             click.echo(f"\nMetaGPT reads {read_by_metagpt[0]} as well, and that one wins.")
         for problem in metagpt_problems():
             click.echo(f"\n{problem}")
-        rounds = " --n-round 20" if newest else ""
+        rounds = " --n-round 20" if (version or "").startswith("1.") else ""
         click.echo(
             "\nNext:\n  metagpt-localllm doctor" + (f" --config {self._path}" if self._path != user_config() else "")
             + f'\n  metagpt{rounds} "Write a command line snake game"'

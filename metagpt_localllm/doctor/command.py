@@ -75,10 +75,10 @@ def _write(found: Diagnosis, tiers: bool) -> dict[str, Any]:
     done: dict[str, Any] = {"settings": settings, "file": str(found.config), "backup": None, "samples": 0}
     if values:
         try:
-            change = set_values(found.config, values)
+            written = set_values(found.config, values)
         except ConfigFileError as error:
             raise click.ClickException(str(error)) from None
-        done["backup"] = str(change.backup) if change.backup is not None else None
+        done["backup"] = str(written.backup) if written.backup is not None else None
     for subject in found.subjects:
         samples = subject.measured.samples if subject.measured is not None else ()
         if samples:

@@ -227,14 +227,14 @@ class _Course:
                     text = (await response.aread()).decode("utf-8", "replace")
                     raise _Failed(failures.from_response(bare, text))
                 if "json" in response.headers.get("content-type", ""):  # it does not stream at all
-                    _take(answer, await response.aread(), bare)
+                    _has_token(answer, await response.aread(), bare)
                     arrivals.append(anyio.current_time())
                 else:
                     async for portion in response.aiter_bytes():
                         for data in decoder.feed(portion):
-                            arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
+                            arrivals += [anyio.current_time()] if _has_token(answer, data, bare) else []
                 for data in decoder.close():
-                    arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
+                    arrivals += [anyio.current_time()] if _has_token(answer, data, bare) else []
         except (json.JSONDecodeError, httpx.StreamError):
             raise _Failed(broken("the stream holds something that is no chat chunk")) from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
@@ -252,8 +252,8 @@ class _Course:
         )  # fmt: skip
 
 
-def _take(answer: Answer, data: bytes, bare: httpx.Response) -> bool:
-    """Whether there is a token in this event."""
+def _has_token(answer: Answer, data: bytes, bare: httpx.Response) -> bool:
+    """Whether there is a token in this event, which is added to the answer."""
     if data == b"[DONE]":
         return False
     chunk = json.loads(data)
