@@ -228,9 +228,9 @@ def is_chat_model(name: str) -> bool:
 
 
 def _names(listing: Mapping[str, Any]) -> tuple[str, ...]:
-    names = [entry["id"] for entry in entries(listing, "data") if isinstance(entry.get("id"), str)]
-    shown = filter(None, (name for name in names if name.isprintable()))  # they go to a terminal
-    return tuple(sorted(dict.fromkeys(shown), key=lambda name: not is_chat_model(name)))
+    listed = [entry["id"] for entry in entries(listing, "data") if isinstance(entry.get("id"), str)]
+    names = dict.fromkeys(name for name in listed if name and name.isprintable())  # they go to a terminal
+    return tuple(sorted(names, key=lambda name: not is_chat_model(name)))
 
 
 def _without_twins(listed: Sequence[Found]) -> list[Found]:
