@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metagpt_localllm.statistics import CallFigures, Group, Percentiles
-from metagpt_localllm.wording import counted, rate
+from metagpt_localllm.wording import counted, printable, rate
 
 __all__ = ["render"]
 
@@ -218,7 +218,7 @@ def _remarks(total: Group, dropped: Sequence[str], width: Optional[int]) -> list
     """What the figures do not say by themselves."""
     lines = []
     if total.errors:
-        lines.append(f"Requests that failed: {', '.join(f'{_plain(name)} {count:,}' for name, count in total.errors.items())}")
+        lines.append(f"Requests that failed: {', '.join(f'{printable(name)} {count:,}' for name, count in total.errors.items())}")
     if total.superseded:
         lines.append(f"{counted(total.superseded, 'call was', 'calls were')} made again by a run that went on; they count, too.")
     if total.queued >= 1:
@@ -230,12 +230,7 @@ def _remarks(total: Group, dropped: Sequence[str], width: Optional[int]) -> list
 
 
 def _key(group: Group, name: str) -> str:
-    return _plain(dict(group.keys).get(name, "")) or "-"
-
-
-def _plain(text: str) -> str:
-    """Without what a terminal would take for a command, or cannot show."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return printable(dict(group.keys).get(name, "")) or "-"
 
 
 def _seconds(value: float) -> str:

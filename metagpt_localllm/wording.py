@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Optional
 
-__all__ = ["counted", "duration", "fixed", "rate"]
+__all__ = ["counted", "duration", "fixed", "printable", "rate"]
 
 #: From a minute on: the two units, seconds in the smaller one, how many of it are a larger one, and of that how many are too many.
 _UNITS = (("min", "s", 1, 60, 60), ("h", "min", 60, 60, 24), ("d", "h", 3600, 24, math.inf))
@@ -17,6 +17,11 @@ _UNITS = (("min", "s", 1, 60, 60), ("h", "min", 60, 60, 24), ("d", "h", 3600, 24
 def counted(number: int, one: str, many: str = "") -> str:
     """Such as "1 call" and "2,000 calls"; ``many`` where that is not ``one`` with an s."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def printable(text: str) -> str:
+    """With a blank for what a terminal would take for a command, or cannot show."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def fixed(value: float, decimals: int) -> float:
