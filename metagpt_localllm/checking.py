@@ -24,7 +24,7 @@ from metagpt_localllm.transport import Endpoint
 
 __all__ = [
     "NOT_OURS", "NO_LIST", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks",
-    "our_blocks", "see",
+    "nearest", "our_blocks", "see",
 ]  # fmt: skip
 
 #: The problem of a configuration that does not use this package at all.
@@ -120,7 +120,7 @@ class Seen:
     @property
     def near(self) -> list[str]:
         """The models that it has whose names are most like the one that was asked for."""
-        return difflib.get_close_matches(self.endpoint.model, self.names, n=3, cutoff=0.0)
+        return nearest(self.endpoint.model, self.names)
 
     def sentence(self, about: str) -> str:
         """For people; ``about``: path of the block that names the server, such as ``llm``."""
@@ -175,6 +175,11 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
 def is_listed(model: str, names: Sequence[str]) -> bool:
     """Whether a server that lists these has the model. Ollama takes a name without its tag for ``:latest``."""
     return model in names or f"{model}:latest" in names
+
+
+def nearest(model: str, names: Sequence[str]) -> list[str]:
+    """Up to three of the names, those first that are most like the model's."""
+    return difflib.get_close_matches(model, names, n=3, cutoff=0.0)
 
 
 def _shape() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Mapping, Optional
 
 import click
 
-from metagpt_localllm.checking import is_listed
+from metagpt_localllm.checking import is_listed, nearest
 from metagpt_localllm.config_file import (
     ConfigFileError,
     FileChange,
@@ -250,8 +249,8 @@ class _Setup:
         default = next(iter(before or loaded or models), None)
         if self._given.model:
             if models and not is_listed(self._given.model, models):
-                near = difflib.get_close_matches(self._given.model, models, n=3, cutoff=0.0)
-                raise click.ClickException(f"the server lists no model '{self._given.model}', but {', '.join(near)}")
+                near = ", ".join(nearest(self._given.model, models))
+                raise click.ClickException(f"the server lists no model '{self._given.model}', but {near}")
             return self._given.model
         if not self._ask:
             if default is None:

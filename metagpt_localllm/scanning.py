@@ -71,18 +71,16 @@ class Found:
     needs_key: bool = False
 
 
-async def scan(
-    hosts: Sequence[str] = ("localhost",), extra_ports: Iterable[int] = (), limit: float = 2.0
-) -> list[Found]:
-    """The model servers on the usual ports, those that are ready first. Never raises.
+async def scan(extra_ports: Iterable[int] = (), limit: float = 2.0) -> list[Found]:
+    """The model servers on this machine's usual ports, by IPv4 and by IPv6, those that are ready first. Never raises.
+
+    Nothing else is asked but what OLLAMA_HOST names, which may be another machine.
 
     Args:
-        hosts: names or addresses; ``localhost`` is looked for by IPv4 and by IPv6. Nothing else is asked but what
-            OLLAMA_HOST names, which may be another machine.
         extra_ports: ports that are looked at besides, before the usual ones.
         limit: seconds for all of it, whatever the ports do.
     """
-    addresses = _addresses(hosts, extra_ports, os.environ.get("OLLAMA_HOST", ""))
+    addresses = _addresses(extra_ports, os.environ.get("OLLAMA_HOST", ""))
     found: dict[str, Found] = {}
 
     async def note(base_url: str) -> None:
@@ -109,11 +107,10 @@ async def look_at(endpoint: Endpoint, limit: float = 2.0) -> Optional[Found]:
     return latest[-1] if latest else None
 
 
-def _addresses(hosts: Sequence[str], extra_ports: Iterable[int], ollama: str) -> list[str]:
+def _addresses(extra_ports: Iterable[int], ollama: str) -> list[str]:
     """Base URLs in the order in which they are told, each once."""
     ports = {**dict.fromkeys(extra_ports, "/v1"), **USUAL_PORTS}
-    literal = [address for host in hosts for address in (("127.0.0.1", "::1") if host == "localhost" else (host,))]
-    urls = [f"http://{_netloc(host, port)}{path}" for port, path in ports.items() for host in literal]
+    urls = [f"http://{_netloc(host, port)}{path}" for port, path in ports.items() for host in ("127.0.0.1", "::1")]
     named = ollama_host(ollama) if ollama.strip() else None
     return list(dict.fromkeys([named, *urls] if named else urls))
 

@@ -18,6 +18,8 @@ _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15,
 _LOG_SECONDS = (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000)
 _FINE_LOG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200,
                      18000, 36000, 86400)  # fmt: skip
+#: Bars of a histogram, about.
+_BINS = 16
 
 
 def short(value: Optional[float]) -> Optional[float]:
@@ -111,17 +113,17 @@ class LogScale:
         return [value for value in values if self.low <= value <= self.high]
 
 
-def bins(values: Sequence[float], wanted: int = 16, *, of_time: bool = False) -> tuple[list[float], bool]:
-    """Edges of about so many bins that hold all values (above 0), and whether they grow by a factor.
+def bins(values: Sequence[float], *, of_time: bool) -> tuple[list[float], bool]:
+    """Edges of about 16 bins that hold all values (above 0), and whether they grow by a factor.
 
     They do where the largest is more than 20 times the smallest; else they are round numbers, of time where it is.
     """
     low, high = min(values), max(values)
     if high > 20 * low > 0:
-        factor = (high / low) ** (1 / wanted)
-        return [low * factor**index for index in range(wanted)] + [high], True
-    least = ((high - low) or high or 1.0) / wanted * 0.999
-    step = time_step(least * wanted, wanted) if of_time else _round_above(least, (1, 2, 5, 10))
+        factor = (high / low) ** (1 / _BINS)
+        return [low * factor**index for index in range(_BINS)] + [high], True
+    least = ((high - low) or high or 1.0) / _BINS * 0.999
+    step = time_step(least * _BINS, _BINS) if of_time else _round_above(least, (1, 2, 5, 10))
     first, last = math.floor(low / step + 1e-9), max(math.ceil(high / step - 1e-9), math.floor(low / step) + 1)
     return [round(index * step, 9) for index in range(first, last + 1)], False
 
