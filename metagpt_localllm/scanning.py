@@ -95,7 +95,7 @@ async def scan(extra_ports: Iterable[int] = (), limit: float = 2.0) -> list[Foun
     return sorted(_without_twins(listed), key=lambda what: (what.needs_key, what.loading))
 
 
-async def look_at(endpoint: Endpoint, limit: float = 2.0) -> Optional[Found]:
+async def look_at(endpoint: Endpoint, limit: float) -> Optional[Found]:
     """The model server at one address, asked with its key where it has one; None where none answers. Never raises.
 
     Args:
@@ -179,7 +179,7 @@ async def _look(endpoint: Endpoint, tell: Callable[[Found], Any]) -> None:
                     return
 
 
-async def facts_of_models(found: Found, key: str = "") -> dict[str, Facts]:
+async def facts_of_models(found: Found, key: str) -> dict[str, Facts]:
     """What a server says of each of its models, of a dozen at the most; loads none of them. Never raises.
 
     Of a server that every question harms nothing is asked.

@@ -510,7 +510,6 @@ def test_a_cache_that_does_nothing_is_found(diagnosed, dialect, says):
 
 def test_a_server_that_is_silent_is_left_after_the_limit(diagnosed, monkeypatch):
     monkeypatch.setattr("metagpt_localllm.doctor.measuring.LIMIT", 0.5)
-    monkeypatch.setattr("metagpt_localllm.doctor.measuring.measure.__defaults__", (0.5,))
     with serving(faults=[Fault("hang", times=None)]) as server:
         report = diagnosed(server)
     assert report.code == 1 and "silent" in report.names and report.said["servers"][0]["measured"]["limited"]

@@ -74,10 +74,8 @@ class Diagnosis:
         return tuple(found.values())
 
 
-async def diagnose(
-    named: Optional[Path] = None, *, offline: bool = False, quick: bool = False, say: Say = lambda text: None
-) -> Diagnosis:
-    """Looks at everything.
+def diagnose(named: Optional[Path], *, offline: bool, quick: bool, say: Say) -> Diagnosis:
+    """Looks at everything. KeyboardInterrupt ends it at once, and the request that runs.
 
     Args:
         named: the configuration to look at; None for those that MetaGPT reads.
@@ -85,6 +83,10 @@ async def diagnose(
         quick: ask servers, but measure nothing.
         say: gets a line before each thing that takes time.
     """
+    return asyncio.run(_diagnose(named, offline, quick, say))
+
+
+async def _diagnose(named: Optional[Path], offline: bool, quick: bool, say: Say) -> Diagnosis:
     config = configuration(named)
     findings = [*config.findings, *_judge_config(config), *_judge_installation()]
     say("looking at this machine")
@@ -279,8 +281,3 @@ def _elsewhere(subject: Subject) -> Finding:
         f"{subject.endpoint.address} is not an address of this machine",
         "Run `metagpt-localllm doctor` there, too, to have them looked at.", about=subject.about,
     )  # fmt: skip
-
-
-def run(named: Optional[Path], *, offline: bool, quick: bool, say: Say) -> Diagnosis:
-    """:func:`diagnose` on an event loop of its own; KeyboardInterrupt ends it at once, and the request that runs."""
-    return asyncio.run(diagnose(named, offline=offline, quick=quick, say=say))

@@ -1,7 +1,7 @@
 """How fast the server reads and writes, measured by a few short chats over the real connection.
 
 The first chat is tiny, and the size of each further one follows from the speed seen so far: together they take some
-seconds, and never longer than ``limit``. Every prompt begins with other words, so that no cache has it, but for the last
+seconds, and never longer than LIMIT. Every prompt begins with other words, so that no cache has it, but for the last
 one, which asks whether the cache works.
 """
 
@@ -119,13 +119,13 @@ class Measured:
     limited: bool = False
 
 
-async def measure(endpoint: Endpoint, server: Server, limit: float = LIMIT) -> Measured:
-    """Measures for at most ``limit`` seconds; what is known by then is told. Never raises."""
+async def measure(endpoint: Endpoint, server: Server) -> Measured:
+    """Measures for at most LIMIT seconds; what is known by then is told. Never raises."""
     course = _Course(endpoint, server)
     begun = anyio.current_time()
-    with anyio.move_on_after(limit) as scope:
+    with anyio.move_on_after(LIMIT) as scope:
         try:
-            await course.run(begun + limit)
+            await course.run(begun + LIMIT)
         except _Failed as failed:
             said = endpoint.without_key(failed.failure.what)
             course.found = replace(course.found, failure=said, remedy=failed.failure.remedy)

@@ -27,7 +27,7 @@ class Configuration:
     findings: tuple[Finding, ...] = ()
 
 
-def configuration(named: Optional[Path] = None) -> Configuration:
+def configuration(named: Optional[Path]) -> Configuration:
     """Reads the configuration as MetaGPT would, or only the file ``named``. Never raises."""
     own = config_files()[::-1]
     if named is not None:

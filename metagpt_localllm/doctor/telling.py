@@ -25,11 +25,11 @@ _GLUE = "\x00"
 _COLORS = {Severity.BROKEN: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
-def as_json(diagnosis: Diagnosis, written: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+def as_json(diagnosis: Diagnosis, written: Optional[dict[str, Any]]) -> dict[str, Any]:
     """Everything, in plain values: sizes in bytes, times in seconds, speeds in tokens per second.
 
     Args:
-        written: what ``--write`` did.
+        written: what ``--write`` did; None without it.
     """
     return {
         "exit_code": exit_code(diagnosis.findings),
@@ -61,7 +61,7 @@ def _server(subject: Subject, tiers: list[TierOf]) -> dict[str, Any]:
     }
 
 
-def as_text(diagnosis: Diagnosis, width: int = 100, written: Optional[dict[str, Any]] = None) -> str:
+def as_text(diagnosis: Diagnosis, width: int, written: Optional[dict[str, Any]]) -> str:
     """The same for people, the most important first."""
     lines = [*_head(diagnosis), ""]
     for number, finding in enumerate(diagnosis.findings, 1):

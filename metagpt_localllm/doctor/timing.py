@@ -31,7 +31,7 @@ class TierOf:
     total: float
 
 
-def estimator_of(subject: Subject, earlier: Iterable[Sample] = ()) -> Estimator:
+def estimator_of(subject: Subject, earlier: Iterable[Sample]) -> Estimator:
     """What earlier calls and this measurement have taught."""
     return Estimator([*earlier, *(subject.measured.samples if subject.measured is not None else ())])
 

@@ -747,7 +747,7 @@ class SimulatorThread:
 
 def serve(
     *, dialect: str, model: str, port: int, scale: float, context: int, prefill_speed: float, decode_speed: float,
-    load_time: float, slots: int, faults: Sequence[str] = (), too_long: Optional[str] = None, tells_window: bool = True,
+    load_time: float, slots: int, faults: Sequence[str], too_long: Optional[str], tells_window: bool,
 ) -> None:  # fmt: skip
     """Serves until Ctrl-C and then says what was done; durations in seconds.
 
