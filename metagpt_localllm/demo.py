@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from metagpt_localllm._demo_view import DemoView
@@ -107,9 +108,11 @@ def run_demo(options: DemoOptions) -> int:
         project = _Project.read(folder / "workspace")
         finished = status == 0 and project.finished
         console.print(_table(options.provider, simulator, events, elapsed, scale, project, finished))
+    log = escape(str(log_file))
     if finished:
-        console.print(f"The project ({project.files} files) is in {project.folder}; MetaGPT's output in {log_file}.")
-        console.print(f"Run it: [bold]{sys.executable} {project.main} --delay 0.02[/]", soft_wrap=True)
+        console.print(f"The project ({project.files} files) is in {escape(str(project.folder))}; MetaGPT's output in {log}.")
+        run_it = escape(f"{sys.executable} {project.main} --delay 0.02")
+        console.print(f"Run it: [bold]{run_it}[/]", soft_wrap=True)
         return 0
     if status is None:
         how = f"was ended after {options.limit:g} s"
@@ -117,7 +120,7 @@ def run_demo(options: DemoOptions) -> int:
         how = f"failed (exit status {status})"
     else:
         how = "broke off (MetaGPT swallows the error and exits with 0)"
-    console.print(f"[red]The run {how}; no finished project.[/] Its last words, from {log_file}:")
+    console.print(f"[red]The run {how}; no finished project.[/] Its last words, from {log}:")
     for line in _last_words(log_file):
         console.print(f"  {line}", markup=False, highlight=False)
     return 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from metagpt_localllm import demo
 from metagpt_localllm.cli import main
 from metagpt_localllm.simulator import Machine, SimulatorThread
 
@@ -33,6 +34,12 @@ def test_the_demo_is_killed_and_goes_on_and_leaves_a_project_and_a_table(tmp_pat
     assert replayed and int(replayed[1]) >= 5, done.stdout
     names = {path.name for path in (tmp_path / "out" / "workspace").rglob("*.py")}
     assert {"main.py", "game.py"} <= names
+
+
+def test_a_folder_with_brackets_in_its_name_is_told_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_run_metagpt", lambda *_: 1)
+    assert demo.run_demo(demo.DemoOptions("local_llm", tmp_path / "[red]", None, "", 1.0, False)) == 1
+    assert "/[red]/metagpt.log" in capsys.readouterr().out.replace("\n", "")
 
 
 def checked(tmp_path, text):

@@ -68,6 +68,7 @@ class Simulator:
             without an API of its own (``/api``), and as the others in old versions or behind a proxy.
 
     Attributes:
+        manner: what its dialect means, with ``too_long``.
         stats: what it has done.
         requests: the bodies of all chat requests, in order; ``raw_requests``: the same as they were sent.
         paths: of all requests, in order, without the query.
@@ -136,8 +137,9 @@ class Simulator:
         self._slots = asyncio.Semaphore(self.machine.slots)
         self._server = await asyncio.start_server(self._serve_connection, self._host, self._port, limit=1 << 20)
         self._port = self._server.sockets[0].getsockname()[1]
-        self._loaded_at = time.monotonic() + self.machine.load_time / self.scale
-        self._demanded = not (self.manner.loads_on_demand and self.machine.load_time)
+        self._demanded = False
+        if not (self.manner.loads_on_demand and self.machine.load_time):
+            self.demand()
 
     async def go_down(self) -> None:
         """Stops as if killed: connections are cut, new ones refused. ``come_up`` starts it at the same port."""
