@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Iterable, Optional, Sequence
+from typing import Callable, Iterable, Optional, Sequence
 
 from metagpt_localllm.reporting.markup import table, text
 from metagpt_localllm.reporting.scales import (
@@ -148,24 +149,14 @@ def histogram(title: str, unit: str, values: Iterable[Optional[float]]) -> str:
     told = percentiles(known)
     if told is None:
         return f'<figure><figcaption><h3>{text(title)}</h3></figcaption><p class="note">No call has this figure.</p></figure>'
-    write = duration if unit == "s" else rate
-    edges, by_factor = bins([max(value, 1e-3) for value in known], of_time=unit == "s")
+    of_time = unit == "s"
+    write = duration if of_time else rate
+    edges, by_factor = bins([max(value, 1e-3) for value in known], of_time=of_time)
     counts = [0] * (len(edges) - 1)
-    place = 0
     for value in known:
-        while place < len(counts) - 1 and value >= edges[place + 1]:
-            place += 1
-        counts[place] += 1
+        counts[min(max(bisect_right(edges, value) - 1, 0), len(counts) - 1)] += 1
     rows = [(f"{write(low)} to {write(high)}", number) for low, high, number in zip(edges, edges[1:], counts)]
-    if by_factor:
-        scale = LogScale(edges, of_time=unit == "s")
-        scale.low, scale.high = edges[0], edges[-1]
-        where, ticks = scale.place, scale.ticks()
-    else:
-        def where(value: float) -> float:
-            return (value - edges[0]) / (edges[-1] - edges[0])
-
-        ticks = [(edge, duration_short(edge) if unit == "s" else f"{edge:g}") for edge in edges]
+    where, ticks = _axis(edges, by_factor, of_time)
     heights = count_ticks(max(counts))
     top = heights[-1]
     bars = "".join(
@@ -179,11 +170,11 @@ def histogram(title: str, unit: str, values: Iterable[Optional[float]]) -> str:
     )
     of = f"{title}, {count(told.count)} answered calls"
     words = f"p50 {write(told.p50)}, p95 {write(told.p95)}, p99 {write(told.p99)}, most {write(told.most)}"
-    words += "" if unit == "s" else f" {unit}"
+    words += "" if of_time else f" {unit}"
     places = apart([(where(one), label) for one, label in ticks], _NARROW)
     plot = _plot(
         f"{of}. {words}. The arrow keys go from bar to bar.", bars + marks,
-        (f"{'seconds' if unit == 's' else unit}{' (log scale)' if by_factor else ''}", places),
+        (f"{'seconds' if of_time else unit}{' (log scale)' if by_factor else ''}", places),
         ("calls", [(number / top, count(number)) for number in heights]),
     )  # fmt: skip
     data = table(of, (("from, to", False), ("calls", True)), [(text(between), count(number)) for between, number in rows])
@@ -191,6 +182,16 @@ def histogram(title: str, unit: str, values: Iterable[Optional[float]]) -> str:
         f"<figure><figcaption><h3>{text(title)}</h3><p>{text(words)}</p></figcaption>{plot}"
         f"<details><summary>As a table</summary>{data}</details></figure>"
     )
+
+
+def _axis(edges: Sequence[float], by_factor: bool, of_time: bool) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Where a value lies between the edges of the bins, 0 to 1; and round values with their labels."""
+    if by_factor:
+        scale = LogScale(edges, of_time=of_time)
+        scale.low, scale.high = edges[0], edges[-1]
+        return scale.place, scale.ticks()
+    ticks = [(edge, duration_short(edge) if of_time else f"{edge:g}") for edge in edges]
+    return lambda value: (value - edges[0]) / (edges[-1] - edges[0]), ticks
 
 
 # --------------------------------------------------------------------------------------------- shares
