@@ -488,15 +488,6 @@ def test_calls_at_the_same_time_have_rows_of_their_own():
     assert max(rows_of([(0, 10)] * 100)) == 5
 
 
-@pytest.mark.parametrize(
-    "seconds, said",
-    [(0, "0 s"), (0.0004, "1 ms"), (0.035, "35 ms"), (0.35, "0.35 s"), (4.25, "4.3 s"), (42.4, "42 s"), (59.7, "1 min"), (200, "3 min 20 s"),
-     (3599.7, "1 h"), (7500, "2 h 5 min"), (86399, "1 d"), (100_000, "1 d 4 h"), (None, "–")],
-)  # fmt: skip
-def test_durations_are_written_as_people_say_them(seconds, said):
-    assert duration(seconds) == said
-
-
 def test_ticks_are_as_exact_as_their_step():
     assert [tick_label(*of) for of in ((8.65, 0.05), (90.0, 30), (5400, 1800), (90_000, 3600), (0.0, 5))] == [
         "8.65 s", "1 min 30 s", "1 h 30 min", "1 d 1 h", "0 s",
