@@ -38,7 +38,7 @@ def key_path(path: KeyPath) -> _Steps:
     """The steps of a path; a step of digits is an index."""
     if not isinstance(path, str):
         return tuple(path)
-    return tuple(int(step) if step.isdigit() else step for step in path.split("."))
+    return tuple(int(step) if step.isdecimal() else step for step in path.split("."))
 
 
 def parsed(text: str) -> dict[Any, Any]:

@@ -184,7 +184,7 @@ class _Setup:
             click.echo(f"  {number}  {_described(what)}")
         click.echo("  or the address of another one, such as http://192.168.1.5:1234/v1")
         answer = click.prompt("1/4  Which server?", default=str(default + 1)).strip()
-        if not answer.isdigit():
+        if not answer.isdecimal():
             return self._by_hand(answer)
         return self._ready(found[int(answer) - 1]) if 1 <= int(answer) <= len(found) else None
 
@@ -264,7 +264,7 @@ class _Setup:
         usual = str(models.index(default) + 1) if default is not None else None
         while True:
             answer = str(click.prompt("2/4  Which model?", default=usual)).strip()
-            if answer.isdigit() and 1 <= int(answer) <= len(models):
+            if answer.isdecimal() and 1 <= int(answer) <= len(models):
                 return models[int(answer) - 1]
             if answer and (not models or is_listed(answer, models)):
                 return answer

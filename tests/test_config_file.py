@@ -67,6 +67,7 @@ def test_tiers_take_the_place_of_tiers():
         ("\ufeffa: 1 # é\n", {"a": "ü"}, "\ufeffa: ü # é\n"),
         ("a: 1", {"b": "yes"}, "a: 1\nb: 'yes'\n"),
         ("a: 1", {("b.c", "d"): 2}, "a: 1\nb.c:\n  d: 2\n"),
+        ("a: 1\n", {"²": 2}, "a: 1\n²: 2\n"),
         ("x: &s {p: 1}\ny: *s\n", {"z": 1}, "x: &s {p: 1}\ny: *s\nz: 1\n"),
     ],
 )

@@ -32,6 +32,13 @@ async def test_it_answers_whole_or_streamed(simulator):
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_an_answer_has_no_more_tokens_than_are_asked_for(simulator, name):
+    async with simulator() as server:
+        said = (await post(server, **{name: 3})).json()
+    assert said["usage"]["completion_tokens"] == 3 and said["choices"][0]["finish_reason"] == "length"
+
+
 async def test_the_same_beginning_is_processed_once(simulator):
     async with simulator() as server:
         await post(server, "the same long beginning " * 20 + "one")

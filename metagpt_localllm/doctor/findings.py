@@ -6,6 +6,7 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any, Iterable, Union
 
+from metagpt_localllm.config_text import key_path
 from metagpt_localllm.transport import without_login
 
 __all__ = ["Finding", "SettingChange", "Severity", "exit_code", "gigabytes", "shown"]
@@ -46,12 +47,8 @@ class SettingChange:
     def at(cls, about: str, setting: str, value: Any) -> SettingChange:
         """The change of a setting (such as ``local.context.window``) of the block ``about`` (as checking.llm_blocks has it)."""
         kind, _, name = about.partition(".")
-        block: tuple[Union[str, int], ...] = (kind, name) if kind == "models" else _steps(about)
-        return cls((*block, *_steps(setting)), value)
-
-
-def _steps(path: str) -> tuple[Union[str, int], ...]:
-    return tuple(int(step) if step.isdigit() else step for step in path.split("."))
+        block: tuple[Union[str, int], ...] = (kind, name) if kind == "models" else key_path(about)
+        return cls((*block, *key_path(setting)), value)
 
 
 @dataclass(frozen=True)

@@ -469,8 +469,7 @@ class _Exchange:
         if cuts:
             prompt = clip(prompt, context, halved=manner.too_long == "cut")
         job = Job(number, len(prompt))
-        wanted = body.get("max_tokens") or body.get("max_completion_tokens") or context
-        error = None if cuts else overflow(manner, len(prompt), int(wanted), context)
+        error = None if cuts else overflow(manner, len(prompt), _wanted(body, context), context)
         if error is not None and manner.too_long != "blank":
             await self._refuse(error, manner.too_long, bool(body.get("stream")))
             return
@@ -592,7 +591,7 @@ class _Exchange:
         reasoning = tokenize(answer.reasoning)
         pieces = [*reasoning, *tokenize(answer.tool_arguments if answer.tool_name else answer.text[len(front) :])]
         room = machine.context - job.prompt
-        limit = max(min(int(body.get("max_tokens") or room), room), 1)
+        limit = max(min(_wanted(body, room), room), 1)
         reason = "length" if len(pieces) > limit else "tool_calls" if answer.tool_name else "stop"
         pieces = pieces[:limit]
         if stream and not manner.early:
@@ -678,6 +677,11 @@ class _Exchange:
 
 _NOT_FOUND = {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}
 _LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+
+
+def _wanted(body: Mapping[str, Any], most: int) -> int:
+    """Tokens that the answer may have by the request; ``most`` where it does not say."""
+    return int(body.get("max_tokens") or body.get("max_completion_tokens") or most)
 
 
 def _chunker(model: str) -> Callable[..., dict[str, Any]]:
