@@ -9,7 +9,7 @@ import atexit
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Iterator, Optional, Sequence, Union
+from typing import Iterator, Optional, Sequence, Union, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -28,6 +28,7 @@ _WIDTH = 100
 _MOST = 8
 
 Tried = Union[events.Retry, events.Waiting, events.Loading, events.Continued]
+_TRIED = get_args(Tried)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Seen:
     error: Optional[BaseException] = None
 
     def take(self, event: events.Event) -> None:
-        if isinstance(event, (events.Retry, events.Waiting, events.Loading, events.Continued)):
+        if isinstance(event, _TRIED):
             self.tried.setdefault(event.call.number, []).append(event)
         elif isinstance(event, (events.Done, events.Replayed)):
             self.tried.pop(event.call.number, None)
@@ -80,9 +81,7 @@ def watch_for_failures() -> None:
     if _watching or not session.command_line().repeatable:
         return
     _watching = True
-    events.subscribe(
-        _seen.take, events.Retry, events.Waiting, events.Loading, events.Continued, events.Done, events.Replayed, events.Failed
-    )
+    events.subscribe(_seen.take, *_TRIED, events.Done, events.Replayed, events.Failed)
     atexit.register(_at_the_end, os.getpid())
 
 
