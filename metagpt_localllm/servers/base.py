@@ -362,21 +362,6 @@ class Server:
         """
         return False
 
-    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
-        """Headers of a streamed request that is to outlive its connection; none where it cannot.
-
-        Such a request goes on to its end when its client leaves, and has to be stopped (:meth:`path_to_stop`).
-        """
-        return {}
-
-    def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
-        """Where a GET has the stream from so many bytes of its body on; None where it cannot. 404: it has none."""
-        return None
-
-    def path_to_stop(self, conversation: str) -> Optional[str]:
-        """Where a DELETE ends the request and frees its place; None where it cannot. 204, whatever there was."""
-        return None
-
     def remedy(self, window: int) -> str:
         """How its user gives the model a context of at least ``window`` tokens, as a sentence.
 

@@ -14,8 +14,8 @@ from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Progress, Server,
 
 __all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
 
-#: The builds from which on it knows ``continue_final_message``, has streams to resume, and takes their names as a query.
-_CONTINUES_EXPLICITLY, _STREAMS, _STREAMS_BY_QUERY = 9141, 9808, 10144
+#: The build from which on it knows ``continue_final_message``.
+_CONTINUES_EXPLICITLY = 9141
 
 
 class LlamaCpp(Server):
@@ -113,30 +113,6 @@ class LlamaCpp(Server):
     async def _rendered(self, ask: Ask, body: Mapping[str, Any]) -> Optional[str]:
         prompt = (await ask.json(self._path("/apply-template"), body) or {}).get("prompt")
         return prompt if isinstance(prompt, str) else None
-
-    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
-        """It takes a second request of the same name for the first one's end (b11549, measured; from b9808 on)."""
-        return {"x-conversation-id": conversation} if self._stream(conversation) else {}
-
-    def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
-        """From any byte, exact, also in prefill and in the queue; for 300 s after the end, and never after a restart.
-
-        An offset beyond the end gives nothing (b11549, measured). It keeps the last 4 MiB; 400 where those do not
-        reach back so far (server-stream.cpp).
-        """
-        path = self._stream(conversation)
-        return f"{path}{'&' if '?' in path else '?'}from={offset}" if path else None
-
-    def path_to_stop(self, conversation: str) -> Optional[str]:
-        """The slot is free within 0.3 s (b11549, measured), in prefill at the end of a batch."""
-        return self._stream(conversation)
-
-    def _stream(self, conversation: str) -> Optional[str]:
-        name, build = quote(conversation, safe=""), self._build
-        if build is None or build >= _STREAMS_BY_QUERY:
-            return self._path(f"/v1/stream?conv_id={name}")
-        # Before that, the router lost its streams.
-        return self._path(f"/v1/stream/{name}") if build >= _STREAMS and not self._routed else None
 
     def _enlarge(self, window: int) -> str:
         """``--ctx-size`` is divided by ``--parallel``, unless ``--kv-unified`` has the slots share it.

@@ -64,10 +64,6 @@ class LlamaSwap(LlamaCpp):
     def _path(self, path: str) -> str:
         return f"{_at(self._upstream)}{path}"
 
-    def _stream(self, conversation: str) -> Optional[str]:
-        """llama-swap passes the request's headers on (not tried)."""
-        return super()._stream(conversation) if self._is_llama_cpp and self._upstream else None
-
     def _enlarge(self, window: int) -> str:
         """(Its docs/configuration.md.)"""
         model = self._upstream or "the model"

@@ -16,7 +16,7 @@ from metagpt_localllm.simulator.machine import Machine, render, tokenize
 
 __all__ = [
     "DIALECTS", "DIALECTS_BY_NAME", "TOO_LONG", "Dialect", "Job", "State", "about", "clip", "left_by_ollama",
-    "overflow", "prompt_of", "refusal", "stream_named",
+    "overflow", "prompt_of", "refusal",
 ]  # fmt: skip
 
 #: What a server may do with a prompt over the context.
@@ -60,7 +60,6 @@ class Dialect:
         continues: an assistant's message at the end: "always" continued, only when "asked", by a "prefix" beside the
             messages, or never ("").
         repeats: whether a continued answer has the beginning in front again where it is not streamed.
-        resumes: whether a stream that its request names outlives its connection.
         too_long: what becomes of a prompt over the context, one of TOO_LONG.
         strict: fields that it refuses with 422.
         interrupted: whether a second request for the model ends the stream that runs.
@@ -81,7 +80,6 @@ class Dialect:
     progress: str = ""
     continues: str = ""
     repeats: bool = False
-    resumes: bool = False
     too_long: str = "refused"
     strict: frozenset[str] = frozenset()
     interrupted: bool = False
@@ -93,7 +91,7 @@ class Dialect:
 
 
 _LLAMA_CPP: dict[str, Any] = {
-    "software": "llama.cpp", "progress": "events", "continues": "always", "repeats": True, "resumes": True,
+    "software": "llama.cpp", "progress": "events", "continues": "always", "repeats": True,
 }  # fmt: skip
 _VLLM: dict[str, Any] = {"software": "uvicorn", "too_long": "sum", "continues": "asked", "cached": False}
 
@@ -323,16 +321,6 @@ def _transformers(path: str, body: Mapping[str, Any], state: State) -> Optional[
 
 def _rendered(body: Mapping[str, Any]) -> list[str]:
     return render(body.get("messages") or (), body.get("tools"))
-
-
-def stream_named(dialect: Dialect, target: str, model: str) -> Optional[tuple[str, int]]:
-    """The name of the stream that a request to ``/v1/stream`` is for, and its offset in bytes; None for others."""
-    path, _, query = target.partition("?")
-    below = f"/upstream/{model}" if dialect.name == "llama-swap" else ""
-    if not dialect.resumes or unquote(path) != f"{below}/v1/stream":
-        return None
-    given = parse_qs(query)
-    return "".join(given.get("conv_id", ())), int("".join(given.get("from", ())) or 0)
 
 
 def prompt_of(dialect: Dialect, body: Mapping[str, Any]) -> tuple[list[str], Optional[str]]:

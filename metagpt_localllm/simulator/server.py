@@ -29,11 +29,9 @@ from metagpt_localllm.simulator.dialects import (
     overflow,
     prompt_of,
     refusal,
-    stream_named,
 )
 from metagpt_localllm.simulator.faults import Fault, parse_fault
 from metagpt_localllm.simulator.machine import Machine, PrefixCache, Stats, seconds, tokenize
-from metagpt_localllm.simulator.resumable import Stream, Streams
 
 __all__ = ["Simulator", "SimulatorThread", "serve"]
 
@@ -44,10 +42,6 @@ AnswerFunction = Callable[[Sequence[Mapping[str, Any]], Optional[Sequence[Mappin
 
 class _ClientGone(Exception):
     """The client has closed the connection."""
-
-
-class _Stopped(_ClientGone):
-    """The client has had the stream stopped that outlives its connections."""
 
 
 class Simulator:
@@ -116,7 +110,6 @@ class Simulator:
         self._loaded_at = 0.0
         self._demanded = False
         self._jobs: list[Job] = []
-        self._streams = Streams(scale)
         self._running: Optional[asyncio.Task[None]] = None
         self._restart: Optional[asyncio.Task[None]] = None
 
@@ -166,7 +159,6 @@ class Simulator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._streams.clear()
 
     # -------------------------------------------------------------------------------- HTTP
 
@@ -222,9 +214,6 @@ class _Exchange:
         self.http = h11.Connection(h11.SERVER)
         self.body = b""
         self.deaf = False  # whether this request goes on when its client has left
-        self.stream: Optional[Stream] = None  # that of this request, where it goes on and can be taken up again
-        self.gone = False  # whether its client has left
-        self.heard: Optional[asyncio.Future[bytes]] = None  # what the client says meanwhile, once it does
 
     async def run(self) -> None:
         while True:
@@ -275,19 +264,10 @@ class _Exchange:
         await self._say(h11.Response(status_code=200, headers=headers))
 
     async def _say(self, event: h11.Event) -> None:
-        """Sends a part of a stream, unless its client has left and may take it up later."""
-        if self.gone:
-            return
-        try:
-            await self._send(self.http.send(event))
-        except ConnectionError:
-            if self.stream is None:
-                raise
-            self.gone = True
+        """Sends a part of a stream."""
+        await self._send(self.http.send(event))
 
     async def _data(self, data: bytes) -> None:
-        if self.stream is not None:
-            self.stream.write(data)
         await self._say(h11.Data(data=data))
 
     def _software(self) -> list[tuple[str, str]]:
@@ -310,16 +290,11 @@ class _Exchange:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
-        if self.stream is None:
-            raise _ClientGone
-        self.gone = True
+        raise _ClientGone
 
     async def _work(self, simulated: float) -> None:
         """Time passes, unless the client goes away meanwhile."""
         if simulated <= 0:
-            return
-        if self.stream is not None:
-            await self._outlive(self.stream, simulated / self.sim.scale)
             return
         if self.deaf:
             await asyncio.sleep(simulated / self.sim.scale)
@@ -331,36 +306,6 @@ class _Exchange:
         if not data:
             raise _ClientGone
         self.http.receive_data(data)
-
-    async def _outlive(self, stream: Stream, real: float) -> None:
-        """Time passes whether the client is there or not, unless somebody stops the stream."""
-        until = time.monotonic() + real
-        stopped = asyncio.ensure_future(stream.stopped.wait())
-        try:
-            while not stopped.done():
-                if self.heard is None and not self.gone:
-                    self.heard = asyncio.ensure_future(self.reader.read(65536))
-                waited: set[asyncio.Future[Any]] = {stopped} if self.heard is None else {stopped, self.heard}
-                await asyncio.wait(waited, timeout=until - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
-                if self.heard is not None and self.heard.done():
-                    data = b"" if self.heard.exception() is not None else self.heard.result()
-                    self.gone, self.heard = not data, None
-                    if data:
-                        self.http.receive_data(data)
-                if time.monotonic() >= until:
-                    return
-            raise _Stopped
-        finally:
-            stopped.cancel()
-
-    async def _close_stream(self) -> None:
-        if self.stream is not None:
-            self.stream.end()
-            self.stream = None
-        if self.heard is not None:
-            self.heard.cancel()
-            await asyncio.gather(self.heard, return_exceptions=True)
-            self.heard = None
 
     # -------------------------------------------------------------------------------- what is asked
 
@@ -374,14 +319,10 @@ class _Exchange:
             await self._reply(401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}})
             return
         if path == "/v1/chat/completions" or (path == "/chat/completions" and sim.manner.bare):
-            await self._chat(headers.get("x-conversation-id", ""))
+            await self._chat()
             return
         if not sim.manner.answers_while_loading and sim._loading():
             await self._reply(503, _LOADING)
-            return
-        named = stream_named(sim.manner, target, sim.model)
-        if named is not None:
-            await self._resume(request.method, *named)
             return
         if path == "/api/generate" and sim.dialect == "ollama":
             await self._preload()
@@ -393,21 +334,6 @@ class _Exchange:
             await self._reply(200, answer)
         else:
             await self._reply(404, _NOT_FOUND)
-
-    async def _resume(self, method: bytes, name: str, offset: int) -> None:
-        """A stream from an offset on, or its end (DELETE)."""
-        if method == b"DELETE":
-            self.sim._streams.stop(name)
-            await self._reply(204, b"")
-            return
-        stream = self.sim._streams.get(name)
-        if stream is None:
-            await self._reply(404, _NOT_FOUND)
-            return
-        await self._start_stream()
-        async for portion in stream.read(offset):
-            await self._data(portion)
-        await self._end()
 
     async def _preload(self) -> None:
         """Ollama's request without a prompt."""
@@ -439,7 +365,7 @@ class _Exchange:
 
     # -------------------------------------------------------------------------------- chat
 
-    async def _chat(self, conversation: str = "") -> None:
+    async def _chat(self) -> None:
         sim, stats = self.sim, self.sim.stats
         body = self._json()
         stats.requests += 1
@@ -475,8 +401,6 @@ class _Exchange:
             return
         await self._interrupt()
         self.deaf = manner.stops == "stream" and not body.get("stream")
-        if conversation and manner.resumes and body.get("stream"):
-            self.stream = sim._streams.open(conversation)
         try:
             await self._load()
             if error is not None:
@@ -484,15 +408,12 @@ class _Exchange:
                 return
             async with self._slot(job):
                 await self._generate(body, prompt, partial, fault, job)
-        except (_ClientGone, ConnectionError) as left:
+        except (_ClientGone, ConnectionError):
             stats.cancelled += 1
             stats.wasted_tokens += job.spent
-            if not isinstance(left, _Stopped) or self.gone or self.http.our_state is not h11.SEND_BODY:
-                raise
-            await self._end()
+            raise
         finally:
             self.deaf = False
-            await self._close_stream()
 
     async def _refuse(self, error: Mapping[str, Any], how: str, stream: bool) -> None:
         """Says that the prompt does not fit, the way that ``how`` of TOO_LONG names."""
@@ -661,7 +582,6 @@ class _Exchange:
             await self._work(_FOREVER * self.sim.scale)
         elif fault.kind == "drop":
             self._reset()
-            return False  # the connection is gone, and the request may go on
         elif fault.kind == "close":
             await self._end()
         elif fault.kind == "done_without_finish":
