@@ -51,6 +51,7 @@ PROMISES = {
         "tabbyapi", {"window": 4096, "largest_window": 16384, "slots": 1, "images": False, "loaded": True}, continues="new"
     ),
     "llama-cpp-python": Promise("llama-cpp-python", {"window": None, "slots": 1, "loaded": True}, usage=False),
+    "litellm": Promise("litellm", {"window": 4096, "slots": 1, "loaded": None}, cached=True),
     "mlx-lm": Promise("mlx-lm", {"window": None, "loaded": True}, progress=True, cached=True),
     "transformers": Promise("transformers", {"window": None, "loaded": None}),
     "plain": Promise("plain", {"window": None}, cached=True),
@@ -407,6 +408,7 @@ REMEDIES = {
     "sglang": ["--context-length 8192"],
     "tabbyapi": ["`max_seq_len: 8192`", "`cache_size: 8192`", "config.yml"],
     "llama-cpp-python": ["--n_ctx 8192"],
+    "litellm": ["at least 8192 tokens", "`max_input_tokens: 8192`", "config.yaml"],
     "mlx-lm": ["no limit"],
     "transformers": ["no limit"],
     "plain": ["at least 8192 tokens"],

@@ -18,6 +18,7 @@ import anyio
 import httpx
 
 from metagpt_localllm.servers.base import Ask, Health, Loading, Server, Unanswered
+from metagpt_localllm.servers.litellm import LiteLLM
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.servers.llama_cpp_python import LlamaCppPython
 from metagpt_localllm.servers.llama_swap import LlamaSwap
@@ -33,9 +34,10 @@ __all__ = [
     "kind_named", "known", "learned", "load", "mark_strict", "wait_until_up",
 ]  # fmt: skip
 
-#: The kinds of servers, in the order in which they are tried where the list of models gives none of them away.
+#: The kinds of servers, in the order in which they are tried where the list of models gives none of them away: LiteLLM before
+#: any that is asked for ``/health``.
 KINDS: tuple[type[Server], ...] = (
-    LlamaCpp, LlamaSwap, Ollama, LMStudio, VLLM, SGLang, TabbyAPI, LlamaCppPython, MLXLM, TransformersServe,
+    LlamaCpp, LlamaSwap, Ollama, LMStudio, VLLM, SGLang, TabbyAPI, LlamaCppPython, LiteLLM, MLXLM, TransformersServe,
 )  # fmt: skip
 #: A server that did not even say that it is none of these.
 UNKNOWN = Server()
@@ -265,7 +267,14 @@ async def _is_up(endpoint: Endpoint, limit: float) -> bool:
     """Whether anything answers at the server's address that is not loading. Never raises."""
     with anyio.move_on_after(limit):
         try:
-            return await UNKNOWN.health(Ask(endpoint)) is Health.UP
+            ask, server = Ask(endpoint), known(endpoint)
+            if server is None and await ask.text("/health/liveliness") is not None:
+                server = LiteLLM()  # its /health would cost a chat with each of its models
+            return await (server or UNKNOWN).health(ask) is Health.UP
+        except Loading:
+            return False
+        except Unanswered:  # by whatever else is there
+            return True
         except Exception as error:
             _log.debug("%s is not up: %s", endpoint.address, type(error).__name__)
     return False
