@@ -141,7 +141,7 @@ def from_response(response: httpx.Response, text: str) -> Failure:
             Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.local.retry.attempts",
             retry_after=_retry_after(response.headers), response=response, alone=shared_kv_full,
         )  # fmt: skip
-    if status in (401, 403):
+    if status in (401, 403) or "no_db_connection" in text:  # LiteLLM's word for a key that is not its master_key
         return Failure(
             Kind.FATAL, errors.AccessDenied, what, "Set the key that the server expects.", "llm.api_key",
             response=response,

@@ -49,14 +49,19 @@ class LiteLLM(Server):
     @classmethod
     async def identify(cls, ask: Ask, model: str) -> Optional[Server]:
         """By a word that it says to anybody; what it says of its models costs no request behind it but for their lists."""
-        if await ask.text(_LIVELINESS) != _ALIVE:
+        models = None
+        with contextlib.suppress(Unanswered):  # the key is missing or wrong
+            models = await ask.models()
+        # It names no software; a proxy in front of it does.
+        likely = ask.software in ("", "uvicorn") or (models is not None and cls.recognizes(models))
+        if not likely or await ask.text(_LIVELINESS) != _ALIVE:
             return None
-        listed: list[Mapping[str, Any]] = []
-        told: list[Mapping[str, Any]] = []
-        with contextlib.suppress(Unanswered):  # the key is missing, wrong, or not allowed to see them
-            listed = [entry for entry in entries(await ask.models(), "data") if entry.get("id") == model]
-            told = entries(await ask.json("/model/info"), "data")
-        return cls(_facts(listed, [entry for entry in told if entry.get("model_name") == model]), model)
+        told = None
+        with contextlib.suppress(Unanswered):
+            told = await ask.json("/model/info") if models is not None else None
+        listed = [entry for entry in entries(models, "data") if entry.get("id") == model]
+        deployments = [entry for entry in entries(told, "data") if entry.get("model_name") == model]
+        return cls(_facts(listed, deployments), model)
 
     def extras(self) -> Mapping[str, Any]:
         """``num_retries`` overrules its configuration, and is not sent on (measured; its default is 2, so 3 requests)."""
