@@ -98,12 +98,18 @@ async def _until_whole(run: Run) -> Outcome:
     call, life = run.call, run.life
     if (await _identify(run)).hung:
         life.spend_attempt()
-    prompt = await prepare(run)
-    if run.record.beginning is not None:
-        _take_up(run, run.record.beginning, prompt)
+    prompt = await _fitted(run)
+    beginning = run.record.beginning
 
     while True:
         async with _turn(run):
+            if run.server.shares:  # while this call waited, another model may have taken the place of its own
+                run.server = (await servers.identify(call.endpoint, call.settings.server)).server
+                await _load(run)
+            prompt = prompt or await prepare(run)
+            if beginning is not None:
+                _take_up(run, beginning, prompt)
+                beginning = None
             failure = await _try(run, prompt)
         _learn_speed(run, prompt, failure)
         if failure is None:
@@ -128,7 +134,7 @@ async def _until_whole(run: Run) -> Outcome:
             servers.forget(call.endpoint, restarted=True)
             run.history.forget_prompts()
             await _identify(run)
-            prompt = await prepare(run)
+            prompt = await _fitted(run)
         elif isinstance(step, SendAgain):
             what = f"{failure.what}. {failure.remedy}".rstrip(". ")
             run.tell_retry(failure, what, 0.0)
@@ -139,7 +145,7 @@ async def _until_whole(run: Run) -> Outcome:
             await _identify(run)
             if failure.kind in (Kind.OVERFLOW, Kind.TRUNCATED):
                 learn(run, failure, prompt)
-            prompt = await prepare(run)
+            prompt = await _fitted(run)
 
     life.whole()
     run.show("\n")
@@ -221,15 +227,26 @@ async def _identify(run: Run) -> Identified:
     call = run.call
     identified = await servers.identify(call.endpoint, call.settings.server)
     run.server = identified.server
-    if run.server.facts.loaded is False:
+    if run.server.facts.loaded is False and not run.server.shares:
         async with _turn(run):  # one call loads it for all that begin together
             run.server = (await servers.identify(call.endpoint, call.settings.server)).server
-            if run.server.facts.loaded is False:
-                limit = run.deadlines.total
-                run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
-                await servers.load(run.server, call.endpoint, limit)
-                run.server = (await servers.identify(call.endpoint, call.settings.server)).server
+            await _load(run)
     return identified
+
+
+async def _fitted(run: Run) -> Optional[Prompt]:
+    """The prompt; None where it has to wait for its turn: another model may be loaded until then, and its own tells no window."""
+    return None if run.server.shares else await prepare(run)
+
+
+async def _load(run: Run) -> None:
+    """Lets the server load the model where it says that it has not, which counts against no deadline of the answer."""
+    call = run.call
+    if run.server.facts.loaded is False:
+        limit = run.deadlines.total
+        run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
+        await servers.load(run.server, call.endpoint, limit)
+        run.server = (await servers.identify(call.endpoint, call.settings.server)).server
 
 
 @contextlib.asynccontextmanager

@@ -141,11 +141,10 @@ def from_response(response: httpx.Response, text: str) -> Failure:
             Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.local.retry.attempts",
             retry_after=_retry_after(response.headers), response=response, alone=shared_kv_full,
         )  # fmt: skip
-    if status in (401, 403) or "no_db_connection" in text:  # LiteLLM's word for a key that is not its master_key
-        return Failure(
-            Kind.FATAL, errors.AccessDenied, what, "Set the key that the server expects.", "llm.api_key",
-            response=response,
-        )  # fmt: skip
+    litellm = "no_db_connection" in text  # its word for a key that is not its master_key
+    if status in (401, 403) or litellm:
+        remedy = "Set LiteLLM's master_key." if litellm else "Set the key that the server expects."
+        return Failure(Kind.FATAL, errors.AccessDenied, what, remedy, "llm.api_key", response=response)
     if status == 404 and not _NO_MODEL.search(text) and "model" not in said.lower():
         path = str(response.request.url)
         remedy = "There is no chat API at this address; most servers want base_url to end in /v1."

@@ -296,6 +296,15 @@ class Server:
         return True
 
     @property
+    def shares(self) -> bool:
+        """Whether another model may take this one's place in memory at any time."""
+        return False
+
+    async def is_loaded(self, ask: Ask) -> Optional[bool]:
+        """Whether the model is in memory now, by a question that loads nothing; None where it does not tell."""
+        return None
+
+    @property
     def any_name(self) -> bool:
         """Whether it answers to any name of a model with the one that it has."""
         return False

@@ -156,7 +156,7 @@ async def identify(endpoint: Endpoint, named: str = "auto") -> Identified:
         named: ``llm.local.server``: "auto", or the name of the kind that it is taken for.
     """
     found = known(endpoint)
-    if found is not None:
+    if found is not None and not await _has_left(found, endpoint):
         return Identified(found)
     probes = _probes.setdefault(asyncio.get_running_loop(), {})
     probe = probes.get(_key(endpoint))
@@ -164,6 +164,19 @@ async def identify(endpoint: Endpoint, named: str = "auto") -> Identified:
         probe = probes[_key(endpoint)] = asyncio.ensure_future(_identify(endpoint, named))
         probe.add_done_callback(lambda _: probes.pop(_key(endpoint), None))
     return await asyncio.shield(probe)
+
+
+async def _has_left(server: Server, endpoint: Endpoint) -> bool:
+    """Whether the model is known to have left the memory, for another one perhaps; then what is known of it is forgotten."""
+    if server.shares:
+        with anyio.move_on_after(_PROBE_LIMIT):
+            try:
+                if await server.is_loaded(Ask(endpoint)) is False:
+                    forget(endpoint)
+                    return True
+            except Exception as error:  # the call itself will tell
+                _log.debug("%s does not tell what is loaded: %s", endpoint.address, type(error).__name__)
+    return False
 
 
 async def _identify(endpoint: Endpoint, named: str) -> Identified:

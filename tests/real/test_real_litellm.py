@@ -4,7 +4,6 @@ What was seen is in docs/servers.md; tests/test_litellm.py holds the shapes of i
 """
 
 import asyncio
-import json
 
 import httpx
 import pytest
@@ -165,14 +164,14 @@ async def test_a_server_that_restarts_behind_it_is_waited_for(behind, through, s
 
 
 async def test_a_slow_prompt_goes_through_and_its_speed_is_learned(through, seen):
-    settings = {"timeouts": {"first_token": 30}}
+    settings = {"timeouts": {"first_token": 30}, "context": {"window": 16384}}
     outcome = await complete(through("slow", "word " * 4000, settings=settings))
     assert outcome.usage.prompt_tokens > 4000 and len(outcome.text.split()) == 150
     assert "Retry" not in kinds(seen)
 
 
 async def test_its_own_time_limit_is_named_with_the_setting_that_lifts_it(through, behind):
-    settings = {"timeouts": {"first_token": 30}, "retry": {"attempts": 1}}
+    settings = {"timeouts": {"first_token": 30}, "retry": {"attempts": 1}, "context": {"window": 16384}}
     with pytest.raises(errors.ServerFailed, match="stream_timeout"):
         await complete(through("limited", "other " * 4000, settings=settings))
 
@@ -185,7 +184,7 @@ async def test_a_request_that_we_gave_up_goes_on_behind_it_until_its_first_token
             break
         await asyncio.sleep(0.2)
     with pytest.raises(errors.FirstTokenTimeout):
-        settings = {"timeouts": {"first_token": 1}, "retry": {"attempts": 1}}
+        settings = {"timeouts": {"first_token": 1}, "retry": {"attempts": 1}, "context": {"window": 16384}}
         await complete(through("slow", "third " * 4000, settings=settings))
     await asyncio.sleep(1)
     assert server._jobs
@@ -224,4 +223,4 @@ async def test_calls_at_once_go_to_both_servers_of_a_model(behind, through):
     assert all(outcome.text for outcome in outcomes)
     after = count(behind["llama"]), count(behind["vllm"])
     assert sum(after) - sum(before) == 12 and after[0] > before[0] and after[1] > before[1]
-    assert json.dumps([request.get("num_retries") for request in behind["vllm"].requests[before[1] :]]).count("0") == 0
+    assert not any("num_retries" in request for request in behind["vllm"].requests), "it is for LiteLLM alone"
