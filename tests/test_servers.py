@@ -46,6 +46,7 @@ PROMISES = {
         cached=True,
     ),
     "vllm": Promise("vllm", {"window": 4096, "loaded": True, "slots": None}, counts=True, continues="new"),
+    "ray-serve": Promise("ray-serve", {"window": 4096, "slots": None}, counts=True, continues="new"),
     "sglang": Promise("sglang", {"window": 4096, "loaded": True}, continues="new"),
     "tabbyapi": Promise(
         "tabbyapi", {"window": 4096, "largest_window": 16384, "slots": 1, "images": False, "loaded": True}, continues="new"
@@ -327,7 +328,7 @@ def test_an_answer_that_must_have_a_form_is_never_gone_on_with(kind, form):
 def test_a_continuation_has_the_tokens_that_are_left(kind):
     body = {"messages": [], "max_tokens": 10, "response_format": {"type": "text"}, "tool_choice": "auto"}
     request = kind().continuation(body, "some text", 4)
-    assert (request is not None) == (kind.name in ("llama.cpp", "llama-swap", "vllm", "sglang", "tabbyapi"))
+    assert (request is not None) == (kind.name in ("llama.cpp", "llama-swap", "vllm", "ray-serve", "sglang", "tabbyapi"))
     assert request is None or request["max_tokens"] == 6
     assert kind().continuation(body, "some text", 10) is None
 
@@ -405,6 +406,7 @@ REMEDIES = {
     "ollama": ["OLLAMA_CONTEXT_LENGTH=8192 ollama serve", "FROM codebooga-34b", "PARAMETER num_ctx 8192"],
     "lmstudio": ["`lms unload codebooga-34b`", "`lms load codebooga-34b --context-length 8192`", "Context Length"],
     "vllm": ["--max-model-len 8192"],
+    "ray-serve": ["`max_model_len: 8192`", "engine_kwargs"],
     "sglang": ["--context-length 8192"],
     "tabbyapi": ["`max_seq_len: 8192`", "`cache_size: 8192`", "config.yml"],
     "llama-cpp-python": ["--n_ctx 8192"],

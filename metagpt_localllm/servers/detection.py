@@ -26,7 +26,7 @@ from metagpt_localllm.servers.lm_studio import LMStudio
 from metagpt_localllm.servers.mlx_lm import MLXLM
 from metagpt_localllm.servers.ollama import Ollama
 from metagpt_localllm.servers.transformers_serve import TransformersServe
-from metagpt_localllm.servers.vllm import VLLM, SGLang, TabbyAPI
+from metagpt_localllm.servers.vllm import VLLM, RayServe, SGLang, TabbyAPI
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 #: The kinds of servers, in the order in which they are tried where the list of models gives none of them away: LiteLLM before
 #: any that is asked for ``/health``.
 KINDS: tuple[type[Server], ...] = (
-    LlamaCpp, LlamaSwap, Ollama, LMStudio, VLLM, SGLang, TabbyAPI, LlamaCppPython, LiteLLM, MLXLM, TransformersServe,
+    LlamaCpp, LlamaSwap, Ollama, LMStudio, VLLM, RayServe, SGLang, TabbyAPI, LlamaCppPython, LiteLLM, MLXLM, TransformersServe,
 )  # fmt: skip
 #: A server that did not even say that it is none of these.
 UNKNOWN = Server()

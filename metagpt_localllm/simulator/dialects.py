@@ -1,7 +1,7 @@
 """What tells the servers that people run apart: what each answers beside the chat, and how each chats.
 
 As observed or read in the servers' code: llama.cpp b11549, Ollama 0.33, vLLM 0.32, llama-cpp-python 0.3.36, mlx-lm
-0.32, transformers 5.23, LiteLLM 1.108, and SGLang, TabbyAPI and llama-swap (source only); LM Studio from its documentation and issues.
+0.32, transformers 5.23, LiteLLM 1.108, and SGLang, TabbyAPI, Ray Serve LLM and llama-swap (source only); LM Studio from its documentation and issues.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ DIALECTS_BY_NAME: Mapping[str, Dialect] = {
         Dialect("ollama", "library", early=False, cached=False, too_long="cut", loads_on_demand=True, aborts_load=True),
         Dialect("lmstudio", "organization_owner", too_long="blank", loads_on_demand=True),
         Dialect("vllm", "vllm", **_VLLM),
+        Dialect("ray-serve", "organization-owner", **_VLLM),
         Dialect("sglang", "sglang", **_VLLM),
         Dialect("tabbyapi", "tabbyAPI", **{**_VLLM, "continues": "prefix"}),
         Dialect(
@@ -175,6 +176,7 @@ def about(dialect: Dialect, target: str, body: Mapping[str, Any], state: State) 
         "ollama": _ollama,
         "lmstudio": _lm_studio,
         "vllm": _vllm,
+        "ray-serve": _vllm,
         "sglang": _vllm,
         "tabbyapi": _tabby,
         "litellm": _litellm,
@@ -198,6 +200,8 @@ def _models(dialect: Dialect, state: State) -> Any:
             entry.update(meta={**state.window("n_ctx"), "n_ctx_train": 16384})
     elif name in ("vllm", "sglang"):
         entry.update(**state.window("max_model_len"), root=state.model)
+    elif name == "ray-serve":
+        entry.update(metadata={"model_id": state.model, **state.window("max_request_context_length")})
     elif name == "llama-cpp-python":
         entry.update(permissions=[])
     elif name == "litellm":
@@ -398,7 +402,7 @@ def overflow(dialect: Dialect, prompt: int, wanted: int, context: int) -> Option
     """The error body for a prompt that does not fit, in the words of each server."""
     if not dialect.too_long or prompt + (wanted if dialect.too_long == "sum" else 1) <= context:
         return None
-    if dialect.name in ("vllm", "sglang", "tabbyapi"):
+    if dialect.name in ("vllm", "ray-serve", "sglang", "tabbyapi"):
         message = (
             f"This model's maximum context length is {context} tokens. However, you requested {wanted} output tokens and "
             f"your prompt contains {prompt} input tokens, for a total of {prompt + wanted} tokens."
