@@ -57,7 +57,8 @@ class LlamaSwap(LlamaCpp):
 
         Only then can its window be known; a chat that waited for it would be fitted to a guess.
         """
-        await ask.status(f"{_at(self._upstream or model)}/health")
+        if self.facts.loaded is False:
+            await ask.status(f"{_at(self._upstream or model)}/health")
 
     @property
     def settled(self) -> bool:
