@@ -156,6 +156,23 @@ async def test_roles_with_models_of_their_own_take_turns():
         assert swap.started == swap.chats == ["large", "small", "large", "small"]
 
 
+async def test_metagpts_actions_with_models_of_their_own_take_turns(monkeypatch, seen):
+    """By the ``models:`` of config2.yaml, and an action's ``llm_name_or_type``."""
+    from metagpt.actions import Action
+    from metagpt.configs.models_config import ModelsConfig
+
+    async with two(load_time=0.1) as swap:
+        shared = {"api_type": "local_llm", "base_url": swap.base_url}
+        models = ModelsConfig(models={name: {**shared, "model": name} for name in ("large", "small")})
+        monkeypatch.setattr(ModelsConfig, "default", classmethod(lambda cls: models))
+        actions = [Action(name=name, llm_name_or_type=name) for name in ("large", "small")]
+        for _ in range(2):
+            for action in actions:
+                assert await action.llm.aask("hello", stream=False) == f"I am {action.name}"
+        assert swap.started == ["large", "small", "large", "small"]
+    assert "Retry" not in kinds(seen) and kinds(seen).count("Loading") == 4
+
+
 async def test_a_model_that_was_unloaded_for_another_may_take_its_time_to_load_again(seen, monkeypatch):
     """The deadlines that were learned while it was loaded are of a fraction of that."""
     monkeypatch.setenv("METAGPT_LOCALLLM_TIME_SCALE", "100")
