@@ -44,7 +44,8 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
                 bare = httpx.Response(response.status_code, headers=response.headers, request=request_to(endpoint))
                 kind = response.headers.get("content-type", "")
                 if response.status_code != 200:
-                    failure = failures.from_response(bare, await _read(response, _MAX_ERROR_BYTES))
+                    text = await _read(response, _MAX_ERROR_BYTES)
+                    failure = _reread(run, failures.from_response(bare, text), text)
                 elif "json" in kind or "html" in kind:
                     failure = _take_whole(run, await _read(response, MAX_EVENT_BYTES), bare)
                 else:
@@ -152,7 +153,7 @@ def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Opti
         if not isinstance(chunk, dict):
             return None
         if chunk.get("error"):
-            return failures.from_error_body(chunk, bare.request)
+            return _reread(run, failures.from_error_body(chunk, bare.request), data.decode("utf-8", "replace"))
         is_token, text = answer.add(chunk)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         return broken(f"the stream holds something that is no chat chunk ({type(error).__name__}: {str(error)[:100]})")
@@ -170,6 +171,11 @@ def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Opti
     if answer.finish_reason is not None:
         life.finish(now)
     return None
+
+
+def _reread(run: Run, failure: Failure, text: str) -> Failure:
+    keyed = "authorization" in run.call.endpoint.headers
+    return run.server.reread(failure, text, anyio.current_time() - run.life.sent_at, keyed)
 
 
 def _progress(run: Run, progress: Progress, now: float) -> None:

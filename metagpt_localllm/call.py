@@ -97,12 +97,20 @@ async def _answered(run: Run) -> Outcome:
 async def _until_whole(run: Run) -> Outcome:
     if (await _identify(run)).hung:
         run.life.spend_attempt()
-    prompt = await prepare(run)
-    if run.record.beginning is not None:
-        _take_up(run, run.record.beginning, prompt)
+    prompt: Optional[Prompt] = None
+    beginning = run.record.beginning
 
     while True:
+        if prompt is None and not run.server.shares:
+            prompt = await prepare(run)
         async with _turn(run):
+            if run.server.shares:  # while this call waited, another model may have taken the place of its own
+                run.server = (await servers.identify(run.call.endpoint, run.call.settings.server)).server
+                await _load(run)
+            prompt = prompt or await prepare(run)
+            if beginning is not None:
+                _take_up(run, beginning, prompt)
+                beginning = None
             failure = await _try(run, prompt)
         _learn_speed(run, prompt, failure)
         if failure is None:
@@ -116,8 +124,8 @@ async def _until_whole(run: Run) -> Outcome:
         prompt = await _after(run, prompt, run.without_key(failure))
 
 
-async def _after(run: Run, prompt: Prompt, failure: Failure) -> Prompt:
-    """What follows a failed attempt: a pause, a wait for the server or a smaller prompt. The prompt of the next one."""
+async def _after(run: Run, prompt: Prompt, failure: Failure) -> Optional[Prompt]:
+    """What follows a failed attempt: a pause, a wait for the server, or at once the next; its prompt, or None for a new one."""
     call, life, answer = run.call, run.life, run.answer
     run.record.failed(answer, failure.error.__name__, failure.what, life.ttft, life.longest_gap)
     step = life.fail(failure, anyio.current_time(), gained=has_gained(run))
@@ -143,7 +151,7 @@ async def _after(run: Run, prompt: Prompt, failure: Failure) -> Prompt:
     await _identify(run)
     if failure.kind in (Kind.OVERFLOW, Kind.TRUNCATED):
         learn(run, failure, prompt)
-    return await prepare(run)
+    return None
 
 
 async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
@@ -226,15 +234,21 @@ async def _identify(run: Run) -> Identified:
     call = run.call
     identified = await servers.identify(call.endpoint, call.settings.server)
     run.server = identified.server
-    if run.server.facts.loaded is False:
+    if run.server.facts.loaded is False and not run.server.shares:
         async with _turn(run):  # one call loads it for all that begin together
             run.server = (await servers.identify(call.endpoint, call.settings.server)).server
-            if run.server.facts.loaded is False:
-                limit = run.deadlines.total
-                run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
-                await servers.load(run.server, call.endpoint, limit)
-                run.server = (await servers.identify(call.endpoint, call.settings.server)).server
+            await _load(run)
     return identified
+
+
+async def _load(run: Run) -> None:
+    """Lets the server load the model where it says that it has not, which counts against no deadline of the answer."""
+    call = run.call
+    if run.server.facts.loaded is False:
+        limit = run.deadlines.total
+        run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
+        await servers.load(run.server, call.endpoint, limit)
+        run.server = (await servers.identify(call.endpoint, call.settings.server)).server
 
 
 @contextlib.asynccontextmanager

@@ -70,7 +70,7 @@ _OVERFLOW = re.compile(
     r"exceed_context_size_error|context_length_exceeded|exceeds the available context size|maximum context length"
     r"|longer than the context length|tokens to keep from the initial prompt|Trying to keep the first"
     r"|too big compared to KV size|exceed context window|reached context length|does not fit in context length"
-    r"|context size has been exceeded",
+    r"|context size has been exceeded|ContextWindowExceededError",
     re.IGNORECASE,
 )
 _WINDOW = re.compile(
@@ -88,7 +88,7 @@ _UNKNOWN_FIELD = re.compile(
     r"|(?:stream_options|return_progress)\W.{0,40}(?:not|un)\w* ?(?:support|allow|permit|known|recogni)",
     re.IGNORECASE,
 )
-_NO_MODEL = re.compile(r"model\b.{0,80}(?:not found|does not exist|not loaded|no models? loaded)|no models loaded", re.I)
+_NO_MODEL = re.compile(r"model\b.{0,80}(?:not found|does not exist|not loaded|no models? loaded)|no models loaded|invalid model name", re.I)
 _LOADING = re.compile(r"loading model|model is loading|unavailable_error|still loading", re.IGNORECASE)
 #: LM Studio says these with a 400.
 _GONE = re.compile(r"model is unloaded|model (?:has )?crashed", re.IGNORECASE)
@@ -141,11 +141,10 @@ def from_response(response: httpx.Response, text: str) -> Failure:
             Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.local.retry.attempts",
             retry_after=_retry_after(response.headers), response=response, alone=shared_kv_full,
         )  # fmt: skip
-    if status in (401, 403):
-        return Failure(
-            Kind.FATAL, errors.AccessDenied, what, "Set the key that the server expects.", "llm.api_key",
-            response=response,
-        )  # fmt: skip
+    litellm = "no_db_connection" in text  # its word for a key that is not its master_key
+    if status in (401, 403) or litellm:
+        remedy = "Set LiteLLM's master_key." if litellm else "Set the key that the server expects."
+        return Failure(Kind.FATAL, errors.AccessDenied, what, remedy, "llm.api_key", response=response)
     if status == 404 and not _NO_MODEL.search(text) and "model" not in said.lower():
         path = str(response.request.url)
         remedy = "There is no chat API at this address; most servers want base_url to end in /v1."
@@ -165,6 +164,7 @@ def from_error_body(payload: Any, request: httpx.Request) -> Failure:
     error = payload.get("error") if isinstance(payload, Mapping) else payload
     code = error.get("code") if isinstance(error, Mapping) else None
     text = json.dumps(payload, ensure_ascii=False, default=str)
+    code = int(code) if isinstance(code, str) and re.fullmatch(r"[45]\d\d", code) else code  # LiteLLM
     if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
         status = code
     elif _NO_ACCESS.search(text):

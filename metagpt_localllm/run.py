@@ -151,7 +151,8 @@ class Run:
         self.prompt_tokens, self.told_loading = prompt.tokens, False
         self.shared_tokens = self.history.shared_tokens(prompt.messages)
         cached = estimator.cached_tokens(prompt.tokens, self.shared_tokens)
-        may_load = self.server.facts.loaded is not True and self.history.may_load(now)
+        loaded = self.server.facts.loaded
+        may_load = self.history.may_load(now) if loaded is None else not loaded
         new = prompt.tokens - cached
         batch = min(new, _BATCH)
         estimates = {

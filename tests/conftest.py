@@ -196,7 +196,7 @@ def llama_cpp(tiny_gguf):
 
 
 def pytest_addoption(parser):
-    names = ["llama-cpp-python", "mlx-lm", "transformers", "vllm", "all"]
+    names = ["llama-cpp-python", "mlx-lm", "transformers", "vllm", "litellm", "all"]
     parser.addoption("--server", choices=names, help="with -m real: the server to install, to start and to test")
 
 

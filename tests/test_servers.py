@@ -44,11 +44,13 @@ PROMISES = {
         cached=True,
     ),
     "vllm": Promise("vllm", {"window": 4096, "loaded": True, "slots": None}, counts=True, continues="new"),
+    "ray-serve": Promise("ray-serve", {"window": 4096, "slots": None}, counts=True, continues="new"),
     "sglang": Promise("sglang", {"window": 4096, "loaded": True}, continues="new"),
     "tabbyapi": Promise(
         "tabbyapi", {"window": 4096, "largest_window": 16384, "slots": 1, "images": False, "loaded": True}, continues="new"
     ),
     "llama-cpp-python": Promise("llama-cpp-python", {"window": None, "slots": 1, "loaded": True}, usage=False),
+    "litellm": Promise("litellm", {"window": 4096, "slots": 1, "loaded": None}, cached=True),
     "mlx-lm": Promise("mlx-lm", {"window": None, "loaded": True}, progress=True, cached=True),
     "transformers": Promise("transformers", {"window": None, "loaded": None}),
     "plain": Promise("plain", {"window": None}, cached=True),
@@ -311,7 +313,7 @@ def test_an_answer_that_must_have_a_form_is_never_gone_on_with(kind, form):
 def test_a_continuation_has_the_tokens_that_are_left(kind):
     body = {"messages": [], "max_tokens": 10, "response_format": {"type": "text"}, "tool_choice": "auto"}
     request = kind().continuation(body, "some text", 4)
-    assert (request is not None) == (kind.name in ("llama.cpp", "llama-swap", "vllm", "sglang", "tabbyapi"))
+    assert (request is not None) == (kind.name in ("llama.cpp", "llama-swap", "vllm", "ray-serve", "sglang", "tabbyapi"))
     assert request is None or request["max_tokens"] == 6
     assert kind().continuation(body, "some text", 10) is None
 
@@ -391,9 +393,11 @@ REMEDIES = {
     "ollama": ["OLLAMA_CONTEXT_LENGTH=8192 ollama serve", "FROM codebooga-34b", "PARAMETER num_ctx 8192"],
     "lmstudio": ["`lms unload codebooga-34b`", "`lms load codebooga-34b --context-length 8192`", "Context Length"],
     "vllm": ["--max-model-len 8192"],
+    "ray-serve": ["`max_model_len: 8192`", "engine_kwargs"],
     "sglang": ["--context-length 8192"],
     "tabbyapi": ["`max_seq_len: 8192`", "`cache_size: 8192`", "config.yml"],
     "llama-cpp-python": ["--n_ctx 8192"],
+    "litellm": ["at least 8192 tokens", "`max_input_tokens: 8192`", "config.yaml"],
     "mlx-lm": ["no limit"],
     "transformers": ["no limit"],
     "plain": ["at least 8192 tokens"],
@@ -438,9 +442,10 @@ async def test_a_server_that_hides_its_window_is_recognized_all_the_same(simulat
         found = await identified(endpoint)
         before = list(server.paths)
         await identified(endpoint)
-        assert server.paths == before, "it is asked once"
+        again = ["/running"] * found.shares  # whether it is still loaded
+        assert server.paths == before + again, "it is asked once"
         await found.load(Ask(endpoint), server.model)
-        assert server.paths == before, "it is loaded, or cannot tell"
+        assert server.paths == before + again, "it is loaded, or cannot tell"
     assert found.name == PROMISES[dialect].name and found.facts.window is None
 
 

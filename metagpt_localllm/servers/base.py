@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Hashable, Mapping, Optional
 
+from metagpt_localllm.failures import Failure
 from metagpt_localllm.transport import Endpoint, client_for
 
 __all__ = [
@@ -201,6 +202,11 @@ class Ask:
         answer = await self._answer(path, None)
         return [entry for entry in answer if isinstance(entry, Mapping)] if isinstance(answer, list) else None
 
+    async def text(self, path: str) -> Optional[str]:
+        """The JSON string at ``path``; raises as :meth:`json` does."""
+        answer = await self._answer(path, None)
+        return answer if isinstance(answer, str) else None
+
     async def _answer(self, path: str, body: Optional[Mapping[str, Any]]) -> Any:
         content = None if body is None else json.dumps(body, default=str).encode("utf-8", "replace")
         endpoint = self.endpoint
@@ -290,6 +296,15 @@ class Server:
         return True
 
     @property
+    def shares(self) -> bool:
+        """Whether another model may take this one's place in memory at any time."""
+        return False
+
+    async def is_loaded(self, ask: Ask) -> Optional[bool]:
+        """Whether the model is in memory now, by a question that loads nothing; None where it does not tell."""
+        return None
+
+    @property
     def any_name(self) -> bool:
         """Whether it answers to any name of a model with the one that it has."""
         return False
@@ -326,6 +341,16 @@ class Server:
             httpx.HTTPError: nothing answers.
         """
         return Health.LOADING if await ask.status("/health") == 503 else Health.UP
+
+    def reread(self, failure: Failure, text: str, seconds: float, keyed: bool) -> Failure:
+        """The failure, where this server's words mean something else than they mostly do.
+
+        Args:
+            text: the body of its answer, or the event of its stream that is the error.
+            seconds: since the request.
+            keyed: whether that had an API key.
+        """
+        return failure
 
     async def work(self, ask: Ask) -> Optional[Work]:
         """What it is doing; None where it does not tell."""

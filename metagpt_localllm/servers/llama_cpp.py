@@ -7,6 +7,7 @@ it; a question about a model would do so too, if it didn't forbid it (``autoload
 from __future__ import annotations
 
 import re
+import time
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
@@ -14,6 +15,8 @@ from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Progress, Server,
 
 __all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
 
+#: The router's words for a model that is in memory, or comes back without a word.
+_LOADED = ("loaded", "sleeping")
 #: The build from which on it knows ``continue_final_message``.
 _CONTINUES_EXPLICITLY = 9141
 
@@ -44,13 +47,21 @@ class LlamaCpp(Server):
         entry = _entry(await ask.models(), model)
         if props.get("role") != "router":
             return cls(facts_of(props, entry))
-        loaded = _status(entry) in ("loaded", "sleeping")
+        loaded = _status(entry) in _LOADED
         props = await ask.json(_routed("/props", model)) if loaded else None
         return cls(facts_of(props, entry) if props is not None else Facts(loaded=False), model)
 
     @property
     def any_name(self) -> bool:
         return not self._routed
+
+    @property
+    def shares(self) -> bool:
+        return bool(self._routed)
+
+    async def is_loaded(self, ask: Ask) -> Optional[bool]:
+        status = _status(_entry(await ask.json("./models"), self._routed)) if self._routed else None
+        return None if status is None else status in _LOADED
 
     @property
     def settled(self) -> bool:
@@ -83,7 +94,7 @@ class LlamaCpp(Server):
         if slots is not None:
             return work_of(slots)
         if self._routed and _status(_entry(await ask.json("./models"), self._routed)) == "loading":
-            return Work(True, "loading", loading=True)
+            return Work(True, time.monotonic(), loading=True)  # that it says so is proof enough, as a 503 is
         return None
 
     @property
