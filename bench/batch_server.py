@@ -64,7 +64,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self._due: list[tuple[float, int, _Connection, float, int]] = []
-        self._ids = itertools.count()
+        self._numbers = itertools.count()
         self._timer: Optional[asyncio.TimerHandle] = None
         self.behind = 0.0
 
@@ -72,10 +72,7 @@ class _Batch:
         now = time.monotonic() + first
         # On the grid of the step: a batch moves as one.
         moment = -(-now // step) * step if step else now
-        self._push(moment, connection, step, tokens)
-
-    def _push(self, moment: float, connection: _Connection, step: float, left: int) -> None:
-        heapq.heappush(self._due, (moment, next(self._ids), connection, step, left))
+        heapq.heappush(self._due, (moment, next(self._numbers), connection, step, tokens))
         if self._timer is None or moment < self._timer.when():
             if self._timer is not None:
                 self._timer.cancel()
@@ -84,20 +81,22 @@ class _Batch:
     def _run(self) -> None:
         self._timer = None
         now = time.monotonic()
-        again = []
+        again: list[tuple[float, int, _Connection, float, int]] = []
         while self._due and self._due[0][0] <= now:
-            moment, _, connection, step, left = heapq.heappop(self._due)
+            moment, number, connection, step, left = heapq.heappop(self._due)
             if step:
                 self.behind = max(self.behind, now - moment)
             some = 1 if step else min(_AT_ONCE, left)
             connection.send(_TOKEN * some)
-            if left > some:
-                again.append((moment + step if step else now, connection, step, left - some))
-            else:
+            if left == some:
                 connection.finish()
+            elif not connection.gone:
+                again.append((moment + step if step else now, number, connection, step, left - some))
         for entry in again:
-            if not entry[1].gone:
-                self._push(*entry)
+            heapq.heappush(self._due, entry)
+        # Not only for those: the loop's clock may have come to its timer a little early.
+        if self._due:
+            self._timer = asyncio.get_running_loop().call_at(self._due[0][0], self._run)
 
 
 class _Connection(asyncio.Protocol):
