@@ -73,8 +73,9 @@ def _shared(earlier: Messages, messages: Messages) -> tuple[int, int]:
     for one, other in zip(earlier, messages):
         if one is not other and one != other:
             left, right = one.get("content"), other.get("content")
-            alike = isinstance(left, str) and isinstance(right, str) and one.get("role") == other.get("role")
-            return whole, _common(left, right) if alike else 0
+            if isinstance(left, str) and isinstance(right, str) and one.get("role") == other.get("role"):
+                return whole, _common(left, right)
+            return whole, 0
         whole += 1
     return whole, 0
 
