@@ -70,7 +70,7 @@ class Level:
 
 
 LEVELS = (
-    Level(1, 32, 0.025, 3, FEW), Level(10, 32, 0.025, 3, FEW), Level(100, 64, 0.025, 3, ALL), Level(1000, 64, 0.05, 1, ALL),
+    Level(1, 32, 0.025, 3, FEW), Level(10, 64, 0.025, 3, FEW), Level(100, 128, 0.025, 3, FEW), Level(1000, 64, 0.05, 1, ALL),
     Level(10, 1000, 0.0, 3, ALL),
 )  # fmt: skip
 QUICK = (Level(1, 8, 0.01, 1, FEW), Level(20, 8, 0.01, 1, ALL), Level(5, 50, 0.0, 1, ALL))
@@ -196,7 +196,8 @@ async def _turn(level: Level, contender: str, ask: Ask, url: str, number: int) -
 
 
 async def _turns(url: str, levels: Sequence[Level], seed: int) -> list[Turn]:
-    rng, turns, asks = random.Random(seed), [], _contenders(url)
+    rng, asks = random.Random(seed), _contenders(url)
+    turns: list[Turn] = []
     for ask in asks.values():
         await ask(PROMPT + prompt_of(3, 0.01, 0.0))
     for level in levels:

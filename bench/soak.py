@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,7 +141,8 @@ class Found:
         retries: attempts that were followed by another, by the error that ended them.
         events: calls that ended, by the event that told of it.
         kept: calls in the journal, by their outcome.
-        tasks, connections, threads: left at the end; of threads the names of those that were not there after the warm-up.
+        tasks, connections: left at the end, with places at the server's gate among the tasks.
+        grown: where what has grown was allocated, where that was asked for.
     """
 
     asked: int = 0
@@ -158,7 +158,6 @@ class Found:
     samples: list[Sample] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     connections: int = 0
-    threads: list[str] = field(default_factory=list)
     seconds: float = 0.0
     grown: list[str] = field(default_factory=list)
 
@@ -246,12 +245,10 @@ async def _work(url: str, hours: float, trace: bool) -> Found:
     sampling.cancel()
     await asyncio.gather(sampling, return_exceptions=True)
     unsubscribe()
-    names = {thread.name for thread in threading.enumerate()}
     await asyncio.sleep(0.2)  # the kernel's, and callbacks that are due
     gc.collect()
     found.tasks = [str(task.get_coro()) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     found.connections = len(psutil.Process().net_connections("tcp"))
-    found.threads = sorted({thread.name for thread in threading.enumerate()} - names)
     gate = gate_for(url)
     if gate.running or gate.waiting:
         found.tasks.append(f"places at the server: {gate.running} taken, {gate.waiting} waited for")
@@ -289,7 +286,7 @@ def _child(seed: int, hours: float, trace: bool) -> None:
 
 
 def measure(seed: int, quick: bool = False, *, trace: bool = False) -> Part:
-    """Takes two minutes, or ten seconds when ``quick``, which says little about memory.
+    """Takes two minutes on a quiet machine, or ten seconds when ``quick``, which says little about memory.
 
     Args:
         trace: says where what has grown was allocated; slow.
@@ -363,7 +360,7 @@ def _part(found: Found, server: dict[str, Any], seed: int, quick: bool, hours: f
     data = {"x_label": "simulated hours", "y_label": "", "x_log": False, "y_log": False, "series": series}
     plot = Plot("soak", "lines", "Memory, file descriptors and calls over eight simulated hours", data)
     command = f"python -m bench.soak --seed {seed}" + " --quick" * quick
-    return Part("Eight hours at work", command, [counted, memory], goals, [plot])
+    return Part("Eight hours at work" if not quick else "Half an hour at work", command, [counted, memory], goals, [plot])
 
 
 def _goal(what: str, number: int, why: str = "") -> Goal:
