@@ -10,7 +10,6 @@ from metagpt_localllm.conversation import Conversations
 from metagpt_localllm.latency import Estimator, Sample
 from metagpt_localllm.messages import Message
 from metagpt_localllm.state import State, state_at
-from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.transport import Endpoint
 
 __all__ = ["History", "history_of"]
@@ -38,13 +37,13 @@ class History:
 
     def shared_tokens(self, messages: Messages) -> int:
         """Tokens at the beginning of a prompt that an earlier one had, too, so that the server may hold them (estimated)."""
-        # What each of them shares is a beginning of the same messages: the longest is known without counting any.
-        shared = [(*_shared(earlier, messages), counts) for earlier, counts in tuple(self._prompts)]
+        # What each of them shares is a beginning of the same messages: of the longest alone the tokens are told.
+        shared = [(*_shared(earlier, messages), earlier, counts) for earlier, counts in tuple(self._prompts)]
         if not shared:
             return 0
-        whole, characters, counts = max(shared, key=lambda one: one[:2])
-        text = messages[whole]["content"][:characters] if characters else ""
-        return int(sum(counts[:whole]) + estimate_text(text))
+        whole, characters, earlier, counts = max(shared, key=lambda one: one[:2])
+        part = counts[whole] * characters / len(earlier[whole]["content"]) if characters else 0.0
+        return int(sum(counts[:whole]) + part)
 
     def may_load(self, now: float) -> bool:
         """Whether the model may have to be loaded: nothing was asked of it for some minutes."""

@@ -20,7 +20,7 @@ from metagpt_localllm.servers.base import Work
 from metagpt_localllm.servers.vllm import VLLM
 from metagpt_localllm.simulator import Answer, Fault, Machine
 from metagpt_localllm.state import State
-from metagpt_localllm.tokens import estimate_message, estimate_text
+from metagpt_localllm.tokens import estimate_message
 from metagpt_localllm.transport import Endpoint
 from metagpt_localllm.watch import Evidence, Seen, watch
 
@@ -283,10 +283,11 @@ def test_what_is_shared_is_the_longest_beginning_of_any_earlier_prompt(tmp_path,
     known = History(Endpoint("http://a/v1", "m"), State(tmp_path / "x.db"))
     system, task = {"role": "system", "content": "be brief"}, "lorem " * 200
     assert known.shared_tokens([system]) == 0
-    for messages in ([system, {"role": "user", "content": task[:size] + "|one"}], [system], [{"role": "user", "content": task}]):
-        known.sent(messages, [100.0] * len(messages))
+    other = {"role": "user", "content": task[:size] + "|" * 200}
+    for messages in ([system, other], [system], [{"role": "user", "content": task}]):
+        known.sent(messages, [100.0, size + 200.0][: len(messages)])  # a token for each character of the other
     asked = [system, {"role": "user", "content": task}]
-    assert known.shared_tokens(asked) == 100 + estimate_text(task[:size])
+    assert known.shared_tokens(asked) == 100 + size
 
 
 async def test_ten_roles_at_one_slot_wait_on_our_side_and_none_times_out(simulator, ask):
