@@ -270,11 +270,15 @@ def _part(turns: Sequence[Turn], levels: Sequence[Level], seed: int, quick: bool
     behind = max(turn.behind for turn in turns)
     share = max(turn.server_cpu / turn.seconds for turn in turns if ", unpaced" not in turn.level)
     notes = [
-        f"The server was behind its pace by {behind * 1e3:.0f} ms at the worst and used {share:.0%} of a CPU at the most "
-        "where it keeps a pace: it is not what bounds.",
+        f"Where it keeps a pace, the server used {share:.0%} of a CPU at the most. It was behind by {behind * 1e3:.0f} ms at "
+        "the worst; by more than a step only where other work has this machine's CPUs.",
         "CPU per token is the client process's whole time over the tokens, so with short answers it is mostly the cost of "
         f"a call; answers here have {', '.join(sorted({str(level.tokens) for level in levels}, key=int))} tokens.",
     ]
+    for level in levels:
+        if level.step and EACH in level.contenders:
+            share = median(level, OURS, lambda turn: turn.rate) / median(level, EACH, lambda turn: turn.rate)
+            notes.append(f"At {level.name} in flight local_llm has {share:.2f} of the throughput of bare httpx with a client each.")
     plots = [
         Plot("concurrency-throughput", "lines", "Tokens per second by calls in flight",
              {"x_label": "calls in flight", "y_label": "tokens/s", "x_log": True, "y_log": True, "series": rates}),
