@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion
 
-__all__ = ["Answer", "may_continue", "seam"]
+__all__ = ["Answer", "OddChunk", "chunk_of", "may_continue", "seam"]
 
 
 #: vLLM aborts, Ollama loads or unloads, gateways report errors: words of failure where others say "stop".
@@ -63,6 +63,30 @@ def _is_periodic(text: str) -> bool:
             return True
         period = text.find(text[: len(text) - half], period + 1)
     return False
+
+
+#: What reading something of an odd shape raises.
+_ODD = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+class OddChunk(ValueError):
+    """An event that is no JSON, or no chunk of a chat; its text says so in a line."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"the stream holds something that is no chat chunk ({type(error).__name__}: {str(error)[:100]})")
+
+
+def chunk_of(data: bytes) -> Optional[dict[str, Any]]:
+    """The JSON object in the data of an event; None where it is other JSON.
+
+    Raises:
+        OddChunk: it is no JSON, or is nested too deep.
+    """
+    try:
+        chunk = json.loads(data.decode("utf-8", "replace"))
+    except _ODD as error:
+        raise OddChunk(error) from None
+    return chunk if isinstance(chunk, dict) else None
 
 
 class Answer:
@@ -199,8 +223,17 @@ class Answer:
     def add(self, chunk: Mapping[str, Any]) -> tuple[bool, str]:
         """Takes one chunk; says whether it carried any token, and the text to show (may be empty).
 
-        Chunks of unexpected shape carry nothing. A role, an empty text or an empty delta is no token.
+        A role, an empty text or an empty delta is no token.
+
+        Raises:
+            OddChunk: it has another shape than a chunk has.
         """
+        try:
+            return self._add(chunk)
+        except _ODD as error:
+            raise OddChunk(error) from None
+
+    def _add(self, chunk: Mapping[str, Any]) -> tuple[bool, str]:
         if not self._id or "usage" in chunk or "timings" in chunk:
             self._take_totals(chunk)
         choices = chunk.get("choices")

@@ -173,7 +173,7 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         return Seen(endpoint, trouble=Trouble.LOADING)
     except Unanswered as error:
         trouble = Trouble.NEEDS_KEY if str(error) in ("401", "403") else Trouble.NO_MODEL_SERVER
-        return Seen(endpoint, trouble=trouble, reason=f"status {error}")
+        return Seen(endpoint, trouble=trouble, reason=f"status {error}" if str(error).isdigit() else str(error))
     except asyncio.TimeoutError:
         reason = f"no answer within {limit:g} s"
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)

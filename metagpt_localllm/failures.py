@@ -18,6 +18,7 @@ from typing import Any, Mapping, Optional
 import httpx
 
 from metagpt_localllm import errors
+from metagpt_localllm.unpacking import UnknownPacking
 
 __all__ = ["Failure", "Kind", "from_error_body", "from_exception", "from_response"]
 
@@ -190,6 +191,11 @@ def from_exception(error: BaseException, base_url: str, answer_began: bool) -> F
         return Failure(
             Kind.FATAL, errors.ServerUnavailable, f"{base_url} is not a usable address: {error}",
             "It has the form http://host:port/v1.", "llm.base_url", cause=error,
+        )  # fmt: skip
+    if isinstance(error, UnknownPacking):
+        return Failure(
+            Kind.FATAL, errors.ServerFailed, str(error), "Switch compression off in the proxy in front of the server.",
+            "llm.base_url", cause=error,
         )  # fmt: skip
     if answer_began:
         return Failure(
