@@ -15,7 +15,7 @@ from metagpt_localllm.lifecycle import Phase
 from metagpt_localllm.run import Run, request_to
 from metagpt_localllm.servers.base import Progress
 from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
-from metagpt_localllm.transport import client_for
+from metagpt_localllm.transport import SECRET, Endpoint, client_for
 from metagpt_localllm.unpacking import BodyTooLarge, error_text, pieces, read_body
 from metagpt_localllm.watch import watch
 
@@ -39,16 +39,16 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
                 "POST", endpoint.chat_url, content=content, headers=endpoint.headers, timeout=timeout
             ) as response:
                 # What may end up in an error has neither the key nor the prompt.
-                bare = httpx.Response(response.status_code, headers=response.headers, request=request_to(endpoint))
+                bare = httpx.Response(response.status_code, headers=_headers(response, endpoint), request=request_to(endpoint))
                 kind = response.headers.get("content-type", "")
                 if response.status_code != 200:
-                    failure = failures.from_response(bare, await error_text(response))
+                    failure = failures.from_response(bare, await error_text(response), endpoint.api_key)
                 elif "json" in kind or "html" in kind:
                     failure = _take_whole(run, await read_body(response, MAX_EVENT_BYTES), bare)
                 else:
                     failure = await _take_stream(run, response, bare, scope)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            failure = failures.from_exception(error, endpoint.address, life.tokens > 0)
+            failure = failures.from_exception(error, endpoint.address, life.tokens > 0, endpoint.api_key)
         except BodyTooLarge as error:
             failure = broken(str(error))
         finally:
@@ -59,6 +59,13 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
         failure = run.death or life.expire(anyio.current_time())
     # What comes after the finish_reason (usage, [DONE]) is welcome, but the answer does not hang on it.
     return _end(answer, "the answer ended") if answer.finish_reason is not None else failure
+
+
+def _headers(response: httpx.Response, endpoint: Endpoint) -> list[tuple[bytes, bytes]]:
+    """Without the key, which a server may send back."""
+    key = endpoint.api_key.encode("utf-8", "replace")
+    held = len(key) >= SECRET
+    return [(name, value.replace(key, b"***") if held else value) for name, value in response.headers.raw]
 
 
 async def _watch(run: Run, scope: anyio.CancelScope) -> None:
@@ -140,7 +147,7 @@ def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Opti
         if chunk is None:
             return None
         if chunk.get("error"):
-            return failures.from_error_body(chunk, bare.request)
+            return failures.from_error_body(chunk, bare.request, run.call.endpoint.api_key)
         is_token, text = answer.add(chunk)
     except OddChunk as error:
         return broken(str(error))

@@ -225,18 +225,18 @@ class _Course:
                     response.status_code, headers=response.headers, request=httpx.Request("POST", endpoint.address)
                 )
                 if response.status_code != 200:
-                    raise _Failed(failures.from_response(bare, await error_text(response)))
+                    raise _Failed(failures.from_response(bare, await error_text(response), endpoint.api_key))
                 if "json" in response.headers.get("content-type", ""):  # it does not stream at all
-                    _take(answer, await read_body(response, MAX_EVENT_BYTES), bare)
+                    _take(answer, await read_body(response, MAX_EVENT_BYTES), bare, endpoint.api_key)
                     arrivals.append(anyio.current_time())
                 else:
                     async for portion in pieces(response):
                         for data in decoder.feed(portion):
-                            arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
+                            arrivals += [anyio.current_time()] if _take(answer, data, bare, endpoint.api_key) else []
                 for data in decoder.close():
-                    arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
+                    arrivals += [anyio.current_time()] if _take(answer, data, bare, endpoint.api_key) else []
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
-            raise _Failed(failures.from_exception(error, endpoint.address, bool(arrivals))) from None
+            raise _Failed(failures.from_exception(error, endpoint.address, bool(arrivals), endpoint.api_key)) from None
         except (OddChunk, EventTooLarge, BodyTooLarge) as error:
             raise _Failed(broken(str(error))) from None
         if not arrivals:
@@ -252,7 +252,7 @@ class _Course:
         )  # fmt: skip
 
 
-def _take(answer: Answer, data: bytes, bare: httpx.Response) -> bool:
+def _take(answer: Answer, data: bytes, bare: httpx.Response, key: str) -> bool:
     """Whether there is a token in this event."""
     if data == b"[DONE]":
         return False
@@ -260,7 +260,7 @@ def _take(answer: Answer, data: bytes, bare: httpx.Response) -> bool:
     if chunk is None:
         return False
     if chunk.get("error"):
-        raise _Failed(failures.from_error_body(chunk, bare.request))
+        raise _Failed(failures.from_error_body(chunk, bare.request, key))
     return answer.add(chunk)[0]
 
 
