@@ -16,6 +16,7 @@ import httpx
 import yaml
 from pydantic import ValidationError, create_model, model_validator
 
+from metagpt_localllm.failures import quoted
 from metagpt_localllm.installation import METAGPT_KEYS, Check
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
@@ -33,6 +34,8 @@ NOT_OURS = "nothing in it has api_type: local_llm, so MetaGPT uses its own provi
 NO_LIST = "there is no list of models at <base_url>/models; if that is meant to be so, set llm.local.server: plain"
 #: Seconds for the list of models.
 _LIMIT = 5.0
+#: Models of a list that are looked at, and characters of a name.
+_NAMES, _NAME = 1000, 200
 
 
 class ConfigError(ValueError):
@@ -153,7 +156,7 @@ class Seen:
         if self.trouble is Trouble.LOADING:
             return f"{where}: it is loading its model; try again when it is done"
         if self.trouble is Trouble.NO_SUCH_MODEL:
-            return f"{where}: it lists no model '{model}', but {', '.join(self.near)} (llm.model)"
+            return f"{where}: it lists no model '{model}', but {', '.join(map(quoted, self.near))} (llm.model)"
         window = f", context {facts.window:,} tokens" if facts.window else ", context unknown"
         hint = "" if facts.window else ": set llm.local.context.window to what is loaded"
         return f"{where}: {self.server.name}, model {model}{window}{hint}"
@@ -186,7 +189,8 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
     # Some kinds are known by what they answer beside the API: that does not show that the API is at this address.
     if listing is None and server.lists and named != Server.name:
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=NO_LIST)
-    names = tuple(str(entry.get("id")) for entry in entries(listing, "data"))
+    # That many, and of that length, are shown and compared.
+    names = tuple(str(entry.get("id"))[:_NAME] for entry in entries(listing, "data")[:_NAMES])
     missing = names and not is_listed(endpoint.model, names)
     return Seen(endpoint, server, names, Trouble.NO_SUCH_MODEL if missing else None)
 

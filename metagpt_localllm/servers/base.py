@@ -16,12 +16,17 @@ from metagpt_localllm.transport import Endpoint, client_for
 from metagpt_localllm.unpacking import BodyTooLarge, read_body
 
 __all__ = [
-    "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "entries", "positive",
+    "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "amount",
+    "entries", "positive",
 ]  # fmt: skip
 
 
 #: Bytes of an answer to a question that are read: of a long prompt's tokens there may be some millions.
 _MAX_BYTES = 16 << 20
+#: Nothing that a server counts or measures is larger.
+_LARGEST = 10**15
+#: Characters of a version or a quantization.
+_NAME = 80
 #: Fields that give an answer its form, or tell of each of its tokens (llama.cpp, vLLM, SGLang, TabbyAPI).
 _FORMS = (
     "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
@@ -52,6 +57,10 @@ class Facts:
     images: Optional[bool] = None
     loaded: Optional[bool] = None
     version: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("quantization", "version"):  # they are shown
+            object.__setattr__(self, name, "".join(filter(str.isprintable, getattr(self, name)[:_NAME])))
 
 
 @dataclass(frozen=True)
@@ -442,5 +451,10 @@ def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:
 
 
 def positive(value: Any) -> Optional[int]:
-    """``value`` where it is a whole number above zero."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    """``value`` where it is a whole number above zero, of a size that tokens or bytes can have."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST else None
+
+
+def amount(value: Any) -> Optional[float]:
+    """``value`` where it is a number from zero on, of a size that something counted or measured can have."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST else None
