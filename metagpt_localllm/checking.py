@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
 import httpx
-import yaml
 from pydantic import ValidationError, create_model, model_validator
 
+from metagpt_localllm.config_text import YamlProblem, parsed
 from metagpt_localllm.failures import quoted
 from metagpt_localllm.installation import METAGPT_KEYS, Check
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
 from metagpt_localllm.settings import LocalSettings, refuse_misplaced
-from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.transport import Endpoint, is_address
 
 __all__ = [
     "NOT_OURS", "NO_LIST", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks", "our_blocks",
@@ -49,15 +49,13 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: not there, not readable, no YAML, or no mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: create it; the README has the four lines that it needs") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        hint = "\nYAML takes no tabs: indent with blanks" if "\\t" in str(error) else ""
-        raise ConfigError(f"{path} cannot be read: {error}{hint}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: there is no block 'llm'")
-    return loaded
+    except YamlProblem as problem:
+        raise ConfigError(f"{path} cannot be read: {problem}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 def check_config(path: Path, offline: bool) -> list[Check]:
@@ -90,9 +88,9 @@ def config_problems(loaded: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         for problem in error.errors():
             message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{'.'.join(map(str, problem['loc']))}: {message}")
+            problems.append(f"{_short('.'.join(map(str, problem['loc'])))}: {message}")
     for where, block in llm_blocks(loaded):
-        problems.extend(f"{where}.{problem}" for problem in _block_problems(block))
+        problems.extend(f"{_short(where)}.{problem}" for problem in _block_problems(block))
     if not problems and not our_blocks(loaded):
         problems.append(NOT_OURS)
     return problems
@@ -225,17 +223,23 @@ def _shape() -> Any:
 def llm_blocks(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Every block that sets up a model, with its path."""
     blocks: list[tuple[str, Any]] = [("llm", config.get("llm"))]
-    blocks += [(f"models.{name}", block) for name, block in (config.get("models") or {}).items()]
+    models, roles = config.get("models"), config.get("roles")
+    blocks += [(f"models.{name}", block) for name, block in (models.items() if isinstance(models, dict) else ())]
     blocks += [
         (f"roles.{index}.llm", role.get("llm"))
-        for index, role in enumerate(config.get("roles") or [])
+        for index, role in enumerate(roles if isinstance(roles, list) else ())
         if isinstance(role, dict)
     ]
     return [(where, block) for where, block in blocks if isinstance(block, dict)]
 
 
+def _short(value: Any) -> str:
+    """In one short line."""
+    return quoted(str(value)[:_NAME])
+
+
 def _block_problems(block: dict[str, Any]) -> list[str]:
-    kind = str(block.get("api_type", ""))
+    kind = _short(block.get("api_type", ""))
     if kind != "local_llm":
         if difflib.get_close_matches(kind, ["local_llm"], cutoff=0.7):
             return [f"api_type: there is no '{kind}'; did you mean 'local_llm'?"]
@@ -243,8 +247,8 @@ def _block_problems(block: dict[str, Any]) -> list[str]:
     problems = []
     if not block.get("base_url"):
         problems.append("base_url is missing: it is the server's address, such as http://localhost:1234/v1")
-    elif not str(block["base_url"]).startswith(("http://", "https://")):
-        problems.append(f"base_url: {block['base_url']} is no address of the form http://host:port/v1")
+    elif not is_address(str(block["base_url"]), "http", "https"):
+        problems.append(f"base_url: {_short(block['base_url'])} is no address of the form http://host:port/v1")
     elif str(block["base_url"]).rstrip("/").endswith("/chat/completions"):
         problems.append("base_url ends in /chat/completions: leave that off")
     if not block.get("model"):
