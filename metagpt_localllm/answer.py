@@ -205,18 +205,29 @@ class Answer:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Answer:
-        """The answer that :meth:`as_record` was called of; where it has no end, that is the beginning of one."""
+        """The answer that :meth:`as_record` was called of; where it has no end, that is the beginning of one.
+
+        What has another type than that would have, or is missing, is empty.
+        """
         made = cls()
-        made._id, made._model = record["id"], record["model"]
-        made._content.add(record["content"])
-        if record["reasoning"]:
-            made._reasoning.add(record["reasoning"])
-        made._tool_calls = {
-            index: {"id": identity, "type": "function", "name": name, "arguments": [arguments]}
-            for index, identity, name, arguments in record["tool_calls"]
-        }
-        made.finish_reason, made.usage, made.timings = record["finish_reason"], record["usage"], record["timings"]
-        made.tokens = record["tokens"]
+
+        def text(value: Any) -> str:
+            return value if isinstance(value, str) else ""
+
+        made._id, made._model = text(record.get("id")), text(record.get("model"))
+        made._content.add(text(record.get("content")))
+        if text(record.get("reasoning")):
+            made._reasoning.add(text(record.get("reasoning")))
+        calls = record.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, (list, tuple)) and len(call) == 4 and isinstance(call[0], int):
+                index, identity, name, arguments = call[0], *map(text, call[1:])
+                made._tool_calls[index] = {"id": identity, "type": "function", "name": name, "arguments": [arguments]}
+        made.finish_reason = text(record.get("finish_reason")) or None
+        usage, timings, tokens = (record.get(name) for name in ("usage", "timings", "tokens"))
+        made.usage = _numbers(usage) if isinstance(usage, Mapping) else None
+        made.timings = _numbers(timings) if isinstance(timings, Mapping) else None
+        made.tokens = tokens if isinstance(tokens, int) and 0 <= tokens <= _LARGEST else 0
         if made.finish_reason is None or made.failed:
             made.begun_tokens = made.tokens
         return made

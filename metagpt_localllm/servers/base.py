@@ -17,7 +17,7 @@ from metagpt_localllm.unpacking import BodyTooLarge, read_body
 
 __all__ = [
     "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "amount",
-    "entries", "positive",
+    "entries", "json_of", "positive",
 ]  # fmt: skip
 
 
@@ -234,10 +234,7 @@ class Ask:
             raise Unanswered(f"{status}")
         if status != 200:
             return None
-        try:
-            return json.loads(said)
-        except (ValueError, RecursionError):
-            return None
+        return json_of(said)
 
     async def status(self, path: str) -> int:
         """The HTTP status of a GET at the server's root; raises httpx.HTTPError where no answer comes."""
@@ -442,6 +439,14 @@ def _has_form(body: Mapping[str, Any]) -> bool:
         or body.get("tool_choice") not in (None, "auto", "none")
         or (positive(body.get("n")) or 1) > 1
     )
+
+
+def json_of(body: bytes) -> Any:
+    """The JSON in a body; None where there is none, or one that is nested too deep."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:
