@@ -12,10 +12,11 @@ from metagpt_localllm import errors, events, failures, servers
 from metagpt_localllm.answer import Answer, OddChunk, chunk_of
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import Phase
+from metagpt_localllm.quoting import SECRET
 from metagpt_localllm.run import Run, request_to
 from metagpt_localllm.servers.base import Progress
 from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
-from metagpt_localllm.transport import SECRET, Endpoint, client_for
+from metagpt_localllm.transport import Endpoint, client_for
 from metagpt_localllm.unpacking import BodyTooLarge, error_text, pieces, read_body
 from metagpt_localllm.watch import watch
 

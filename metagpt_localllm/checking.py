@@ -16,8 +16,8 @@ import httpx
 from pydantic import ValidationError, create_model, model_validator
 
 from metagpt_localllm.config_text import YamlProblem, parsed
-from metagpt_localllm.failures import quoted
 from metagpt_localllm.installation import METAGPT_KEYS, Check
+from metagpt_localllm.quoting import quoted
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
 from metagpt_localllm.settings import LocalSettings, refuse_misplaced

@@ -19,10 +19,10 @@ from typing import Any, Mapping, Optional
 import httpx
 
 from metagpt_localllm import errors
-from metagpt_localllm.transport import SECRET
+from metagpt_localllm.quoting import quoted
 from metagpt_localllm.unpacking import UnknownPacking
 
-__all__ = ["Failure", "Kind", "from_error_body", "from_exception", "from_response", "quoted"]
+__all__ = ["Failure", "Kind", "from_error_body", "from_exception", "from_response"]
 
 
 class Kind(enum.Enum):
@@ -97,8 +97,8 @@ _LOADING = re.compile(r"loading model|model is loading|unavailable_error|still l
 _GONE = re.compile(r"model is unloaded|model (?:has )?crashed", re.IGNORECASE)
 _NO_ACCESS = re.compile(r"authentication_error|invalid_api_key|invalid api key", re.IGNORECASE)
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 499})
-#: Characters of a server's own words that are quoted, and those of its body that are looked at.
-_QUOTED, _READ = 300, 1 << 18
+#: Characters of a server's body that are looked at.
+_READ = 1 << 18
 #: Complaints of a list that are quoted.
 _COMPLAINTS = 10
 #: Nothing that a server counts is larger; a number with thousands of digits cannot even be read.
@@ -253,14 +253,6 @@ def _not_connected(error: httpx.TransportError, base_url: str, why: str) -> Fail
         Kind.NOT_UP, errors.ServerUnavailable, f"no server at {base_url} ({how}; is it started, and llm.base_url right?)",
         "Start the server or correct its address.", "llm.base_url, and llm.local.retry.wait_for_server", cause=error,
     )  # fmt: skip
-
-
-def quoted(text: str, key: str = "") -> str:
-    """A server's own words as one short line that can be shown anywhere: without the API key, nor what moves a cursor."""
-    if len(key) >= SECRET:  # before it is cut: a part of a key is one, too
-        text = text.replace(key, "…").replace(json.dumps(key)[1:-1], "…")
-    line = " ".join(text[:_READ].split())[:_QUOTED]
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def _said(text: str, key: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Callable, Hashable, Iterable, Mapping, Optional, Sequence, TypeVar
 
+from metagpt_localllm.quoting import quoted
 from metagpt_localllm.state import State, transaction
 
 __all__ = ["CallRecord", "Journal", "Replay", "RunRecord", "new_id"]
@@ -235,7 +236,7 @@ class Journal:
             try:
                 records.append(record(row))
             except Exception as error:  # a disk that changed some bytes may cause any
-                self._state.say("record", f"{self._state.path} is damaged: a run or a call cannot be read ({error}).")
+                self._state.say("record", f"{self._state.path} is damaged: a run or a call cannot be read ({quoted(str(error))}).")
         return records
 
     def flush(self) -> bool:

@@ -20,6 +20,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Hashable, Iterator, Literal, Mapping, Optional, TypeVar
 
+from metagpt_localllm.quoting import quoted
+
 __all__ = ["State", "state_at", "transaction"]
 
 #: Version of the tables. A file of an older one is brought forward by MIGRATIONS, one step each.
@@ -410,7 +412,7 @@ class State:
                     self._beside(end).rename(self.path.with_name(name + end))
         self.say(
             "damaged",
-            f"{self.path} was damaged ({error}). It is now called {name}, and a new one is begun: {_GONE}",
+            f"{self.path} was damaged ({quoted(said)}). It is now called {name}, and a new one is begun: {_GONE}",
         )
 
     def _is_other(self, inode: int) -> bool:
@@ -442,7 +444,7 @@ class State:
     # ------------------------------------------------------------------------------------------ warnings
 
     def _complain(self, error: Exception) -> None:
-        self.say(type(error).__name__, f"{self.path} cannot be used ({error}). {_LOST}")
+        self.say(type(error).__name__, f"{self.path} cannot be used ({quoted(str(error))}). {_LOST}")
 
     def say(self, reason: str, text: str) -> None:
         """Warns, once for each reason."""

@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-__all__ = ["Endpoint", "SECRET", "client_for", "is_address", "is_local", "without_login"]
+from metagpt_localllm.quoting import SECRET
+
+__all__ = ["Endpoint", "client_for", "is_address", "is_local", "without_login"]
 
 #: MetaGPT's own default of ``llm.api_key``: no key at all.
 _NO_KEY = "sk-"
-#: Characters of a key from which on it is struck out of texts: shorter ones are parts of words.
-SECRET = 4
 
 
 @dataclass(frozen=True)

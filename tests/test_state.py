@@ -300,3 +300,13 @@ def test_a_file_that_was_cut_is_used_or_set_aside(state, warnings, cut):
     state.path.write_bytes(state.path.read_bytes()[:cut])
     state.add_sample("http://a", "m", {"n": 1000})
     assert state.flush(10) and {"n": 1000} in state.samples("http://a", "m")
+
+
+def test_what_sqlite_quotes_of_a_damaged_file_moves_no_cursor(state, warnings):
+    state.add_sample("http://a", "m", {"n": 1})
+    assert state.flush(10)
+    state.close()
+    content = state.path.read_bytes()
+    state.path.write_bytes(content.replace(b"CREATE TABLE runs", b"CREATE TABLE \x1b[2J"))
+    assert state.samples("http://a", "m") == []
+    assert warnings and all(warning.isprintable() for warning in warnings)
