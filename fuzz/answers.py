@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 from dataclasses import fields
 from typing import Any, Mapping, Optional
@@ -15,6 +16,8 @@ from metagpt_localllm.servers import KINDS, Server
 from metagpt_localllm.servers.base import Ask, Unanswered, json_of
 from metagpt_localllm.transport import Endpoint
 
+_LOOP = asyncio.new_event_loop()
+atexit.register(_LOOP.close)
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 99}
 
 
@@ -42,16 +45,7 @@ def check(data: bytes) -> None:
     if len(data) < 3:
         return
     _error(data[0], data[2:])
-    coroutine = _questions(KINDS[data[1] % len(KINDS)], data[2:].split(b"\n"), data[1] >= 128)
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    asyncio.run(_again(data))  # it has waited for something: an event loop is needed after all
-
-
-async def _again(data: bytes) -> None:
-    await _questions(KINDS[data[1] % len(KINDS)], data[2:].split(b"\n"), data[1] >= 128)
+    _LOOP.run_until_complete(_questions(KINDS[data[1] % len(KINDS)], data[2:].split(b"\n"), data[1] >= 128))
 
 
 def _error(which: int, body: bytes) -> None:
