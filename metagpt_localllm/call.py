@@ -311,7 +311,9 @@ def _learn_speed(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
 
 def _outcome(run: Run, prompt: Prompt) -> Outcome:
     answer = run.answer
-    usage = answer.completion_usage(prompt.tokens, estimate_text(answer.content) + estimate_text(answer.reasoning))
+    told = (answer.usage or {}).get("completion_tokens")
+    estimated = 0 if isinstance(told, int) and told >= 0 else estimate_text(answer.content) + estimate_text(answer.reasoning)
+    usage = answer.completion_usage(prompt.tokens, estimated)
     return replace(_outcome_of(answer, run.call.endpoint.model, usage), trims=run.trims)
 
 

@@ -17,10 +17,11 @@ from pydantic import ValidationError, create_model, model_validator
 
 from metagpt_localllm.config_file import ConfigFileError, content_of
 from metagpt_localllm.installation import METAGPT_KEYS, Check
+from metagpt_localllm.quoting import quoted
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
 from metagpt_localllm.settings import LocalSettings, refuse_misplaced
-from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.transport import Endpoint, is_address
 
 __all__ = [
     "NOT_OURS", "NO_LIST", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks",
@@ -33,6 +34,8 @@ NOT_OURS = "nothing in it has api_type: local_llm, so MetaGPT uses its own provi
 NO_LIST = "there is no list of models at <base_url>/models; if that is meant to be so, set llm.local.server: plain"
 #: Seconds for the list of models.
 _LIMIT = 5.0
+#: Models of a list that are looked at, and characters of a name.
+_NAMES, _NAME = 1000, 200
 
 
 def check_config(path: Path, offline: bool) -> list[Check]:
@@ -67,9 +70,9 @@ def config_problems(loaded: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         for problem in error.errors():
             message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{'.'.join(map(str, problem['loc']))}: {message}")
+            problems.append(f"{_short('.'.join(map(str, problem['loc'])))}: {message}")
     for where, block in llm_blocks(loaded):
-        problems.extend(f"{where}.{problem}" for problem in _block_problems(block))
+        problems.extend(f"{_short(where)}.{problem}" for problem in _block_problems(block))
     if not problems and not our_blocks(loaded):
         problems.append(NOT_OURS)
     return problems
@@ -134,7 +137,7 @@ class Seen:
         if self.trouble is Trouble.LOADING:
             return f"{where}: it is loading its model; try again when it is done"
         if self.trouble is Trouble.NO_SUCH_MODEL:
-            return f"{where}: it lists no model '{model}', but {', '.join(self.near)} ({about}.model)"
+            return f"{where}: it lists no model '{model}', but {', '.join(map(quoted, self.near))} ({about}.model)"
         window = f", context {facts.window:,} tokens" if facts.window else ", context unknown"
         hint = "" if facts.window else f": set {about}.local.context.window to what is loaded"
         return f"{where}: {self.server.name}, model {model}{window}{hint}"
@@ -154,7 +157,7 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         return Seen(endpoint, trouble=Trouble.LOADING)
     except Unanswered as error:
         trouble = Trouble.NEEDS_KEY if str(error) in ("401", "403") else Trouble.NO_MODEL_SERVER
-        return Seen(endpoint, trouble=trouble, reason=f"status {error}")
+        return Seen(endpoint, trouble=trouble, reason=f"status {error}" if str(error).isdigit() else str(error))
     except asyncio.TimeoutError:
         reason = f"no answer within {limit:g} s"
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
@@ -167,7 +170,8 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
     # Some kinds are known by what they answer beside the API: that does not show that the API is at this address.
     if listing is None and server.lists and named != Server.name:
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=NO_LIST)
-    names = tuple(str(entry.get("id")) for entry in entries(listing, "data"))
+    # That many, and of that length, are shown and compared.
+    names = tuple(str(entry.get("id"))[:_NAME] for entry in entries(listing, "data")[:_NAMES])
     missing = names and not is_listed(endpoint.model, names)
     return Seen(endpoint, server, names, Trouble.NO_SUCH_MODEL if missing else None)
 
@@ -215,8 +219,13 @@ def llm_blocks(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(where, block) for where, block in blocks if isinstance(block, dict)]
 
 
+def _short(value: Any) -> str:
+    """In one short line."""
+    return quoted(str(value)[:_NAME])
+
+
 def _block_problems(block: dict[str, Any]) -> list[str]:
-    kind = str(block.get("api_type", ""))
+    kind = _short(block.get("api_type", ""))
     if kind != "local_llm":
         if difflib.get_close_matches(kind, ["local_llm"], cutoff=0.7):
             return [f"api_type: there is no '{kind}'; did you mean 'local_llm'?"]
@@ -224,8 +233,8 @@ def _block_problems(block: dict[str, Any]) -> list[str]:
     problems = []
     if not block.get("base_url"):
         problems.append("base_url is missing: it is the server's address, such as http://localhost:1234/v1")
-    elif not str(block["base_url"]).startswith(("http://", "https://")):
-        problems.append(f"base_url: {block['base_url']} is no address of the form http://host:port/v1")
+    elif not is_address(str(block["base_url"]), "http", "https"):
+        problems.append(f"base_url: {_short(block['base_url'])} is no address of the form http://host:port/v1")
     elif str(block["base_url"]).rstrip("/").endswith("/chat/completions"):
         problems.append("base_url ends in /chat/completions: leave that off")
     if not block.get("model"):

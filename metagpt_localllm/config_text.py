@@ -21,6 +21,10 @@ KeyPath = Union[str, Tuple[Union[str, int], ...]]
 _Steps = Tuple[Union[str, int], ...]
 
 
+#: Values of a configuration, and how deep they may be in one another.
+_LARGEST, _DEEPEST = 100_000, 100
+
+
 class YamlProblem(ValueError):
     """A text that is no YAML, or in which a value cannot be set.
 
@@ -56,13 +60,28 @@ def parsed(text: str) -> dict[Any, Any]:
         raise YamlProblem(f"{reason}{hint}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise YamlProblem(" ".join(str(error).split())) from None
-    except (ValueError, RecursionError) as error:  # a date that is none, a list in a list in a list …
-        raise YamlProblem(str(error)) from None
+    except Exception as error:  # PyYAML lets any through: a date that is none, !!bool of a number, a list in a list in a list …
+        raise YamlProblem(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
     if loaded is None:
         return {}
+    if _size(loaded, 0) > _LARGEST:
+        raise YamlProblem("its aliases make more of it than any configuration is")
     if not isinstance(loaded, dict):
         raise YamlProblem("it is no list of settings of the form 'key: value'")
     return loaded
+
+
+def _size(value: Any, depth: int) -> int:
+    """How many values there are, those of aliases wherever they stand; what is over _LARGEST is not counted to its end."""
+    if depth > _DEEPEST:
+        return _LARGEST + 1
+    size = 1
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            size += _size(item, depth + 1)
+            if size > _LARGEST:
+                break
+    return size
 
 
 def with_values(text: str, values: Mapping[KeyPath, Any]) -> str:

@@ -220,6 +220,9 @@ class Run:
         request = request_to(self.call.endpoint)
         if isinstance(failure.cause, httpx.RequestError):
             failure.cause.request = request  # httpx's own has the key and the prompt
+        cause = failure.cause
+        if cause is not None and self.call.endpoint.without_key(str(cause)) != str(cause):
+            cause = None  # it quotes the server, which has sent the key back
         raise failure.error(
             message[:1].upper() + message[1:],
             request=request,
@@ -227,7 +230,7 @@ class Run:
             partial=answer.content,
             attempts=life.attempt,
             setting=failure.setting,
-        ) from failure.cause
+        ) from cause
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from metagpt_localllm.journal import Journal, RunRecord
 from metagpt_localllm.session import VARIABLE, is_alive, locks_of
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import state_at
+from metagpt_localllm.statistics import mappings
 
 __all__ = ["JOURNAL_PATH", "journal_file", "run_named", "runs", "standing"]
 
@@ -117,7 +118,7 @@ def show(context: click.Context, run: str, answers: bool) -> None:
         tokens = (call.usage or {}).get("completion_tokens") or (call.partial or {}).get("tokens") or 0
         seconds = f"{call.ended - call.started:.1f} s" if call.ended else ""
         saved = f", {call.saved_tokens} of them saved" if call.saved_tokens else ""
-        failed = [attempt["error"] for attempt in call.attempts if "error" in attempt]
+        failed = [str(attempt["error"]) for attempt in mappings(call.attempts) if "error" in attempt]
         errors = f" after {', '.join(failed)}" if failed else ""
         click.echo(
             f"{call.number:>4} {call.outcome:<9} {call.role}/{call.action} {tokens} tokens{saved} {seconds}{errors}"
@@ -153,4 +154,4 @@ def forget(context: click.Context, run: str) -> None:
 
 
 def _command(run: RunRecord) -> str:
-    return shlex.join([os.path.basename(run.command[0]), *run.command[1:]])
+    return shlex.join([*map(os.path.basename, run.command[:1]), *run.command[1:]])

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
+from metagpt_localllm.quoting import SECRET
+
 __all__ = ["Endpoint", "client_for", "is_address", "is_local", "without_login"]
 
 #: MetaGPT's own default of ``llm.api_key``: no key at all.
 _NO_KEY = "sk-"
-#: Characters of a key from which on it is struck out of texts: shorter ones are parts of words.
-_SECRET = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Endpoint:
             headers["authorization"] = f"Bearer {self.api_key}"
         return headers
 
-    def without_key(self, text: str, least: int = _SECRET) -> str:
+    def without_key(self, text: str, least: int = SECRET) -> str:
         """``text`` with … for the key, which a server may quote, where that has at least so many characters."""
         return text.replace(self.api_key, "…") if len(self.api_key) >= least else text
 

@@ -23,6 +23,7 @@ from metagpt_localllm.call import complete
 from metagpt_localllm.servers import KINDS
 from metagpt_localllm.servers.base import Ask, Facts, Progress
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
+from metagpt_localllm.servers.mlx_lm import MLXLM
 from metagpt_localllm.servers.vllm import VLLM
 from metagpt_localllm.simulator import DIALECTS, Answer, Machine
 
@@ -480,3 +481,30 @@ async def test_calls_that_begin_together_load_the_model_once(simulator, ask, dia
         await asyncio.gather(*(complete(ask(server, f"question {n}")) for n in range(5)))
     assert len(server.requests) == 5 + (dialect == "lmstudio")  # LM Studio loads by the shortest chat
     assert server.paths.count("/api/generate") == (dialect == "ollama")
+
+
+# ------------------------------------------------------------------------------------------- absurd numbers
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize("number", [HUGE, -1, True, 1.5, float("nan"), float("inf"), "4096", [4096], None])
+async def test_what_no_server_can_mean_is_no_number(ask, number):
+    props = {"default_generation_settings": {"n_ctx": number}, "total_slots": number, "build_info": "b\x1b[2J" + "1" * 9999}
+    whole = chunk("fine", prompt_progress=1) + b"data: " + json.dumps(
+        {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": {"prompt_tokens": number, "completion_tokens": number},
+         "timings": {"prompt_ms": number, "cache_n": number}, "prompt_progress": {"processed": number, "total": number}}
+    ).encode() + b"\n\n"  # fmt: skip
+    listing = {"data": [{"owned_by": "llamacpp", "id": "m", "aliases": number, "meta": {"n_ctx_train": number}}]}
+    async with RawServer(whole, about={"/props": props, "/v1/models": listing}) as server:
+        outcome = await complete(ask(server))
+        facts = servers.known(ask(server).endpoint).facts
+    assert outcome.text == "fine" and 0 <= outcome.usage.prompt_tokens < 10**6
+    assert (facts.window, facts.slots, facts.largest_window) == (None, None, None)
+    assert len(facts.version) < 100 and facts.version.isprintable()
+
+
+def test_progress_with_thousands_of_digits_is_none():
+    assert MLXLM().progress_of_comment(b" keepalive %s/9" % (b"9" * 5000)) is None
+    assert LlamaCpp().progress({"prompt_progress": {"processed": HUGE}}) is None
+    assert LlamaCpp().timings({"timings": {"prompt_ms": HUGE, "cache_n": HUGE}}).prefill is None

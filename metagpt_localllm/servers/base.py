@@ -14,12 +14,20 @@ from typing import Any, ClassVar, Hashable, Mapping, Optional
 
 from metagpt_localllm.failures import Failure
 from metagpt_localllm.transport import Endpoint, client_for
+from metagpt_localllm.unpacking import BodyTooLarge, read_body
 
 __all__ = [
-    "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "entries", "positive",
+    "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "amount",
+    "entries", "json_of", "positive",
 ]  # fmt: skip
 
 
+#: Bytes of an answer to a question that are read: of a long prompt's tokens there may be some millions.
+_MAX_BYTES = 16 << 20
+#: Nothing that a server counts or measures is larger.
+_LARGEST = 10**15
+#: Characters of a version or a quantization.
+_NAME = 80
 #: Fields that give an answer its form, or tell of each of its tokens (llama.cpp, vLLM, SGLang, TabbyAPI).
 _FORMS = (
     "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
@@ -50,6 +58,10 @@ class Facts:
     images: Optional[bool] = None
     loaded: Optional[bool] = None
     version: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("quantization", "version"):  # they are shown
+            object.__setattr__(self, name, "".join(filter(str.isprintable, getattr(self, name)[:_NAME])))
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ class Progress:
 
 
 class Unanswered(Exception):
-    """A question got no usable answer: the server loads, a proxy answers for it, or the key is wrong."""
+    """A question got no usable answer: the server loads, a proxy answers for it, the key is wrong, or it has no end."""
 
 
 class Loading(Unanswered):
@@ -191,7 +203,7 @@ class Ask:
         None where there is none. GET, or POST when there is a body.
 
         Raises:
-            Unanswered: 401, 403 or 5xx.
+            Unanswered: 401, 403 or 5xx, or an answer of over 16 MiB.
             httpx.HTTPError: no answer.
         """
         answer = await self._answer(path, body)
@@ -211,28 +223,30 @@ class Ask:
         content = None if body is None else json.dumps(body, default=str).encode("utf-8", "replace")
         endpoint = self.endpoint
         url = endpoint.base_url.rstrip("/") + path[1:] if path.startswith("./") else endpoint.root + path
-        response = await client_for(endpoint).request(
+        async with client_for(endpoint).stream(
             "GET" if body is None else "POST", url, content=content, headers=endpoint.headers,
             extensions={"trace": self._trace},
-        )  # fmt: skip
-        self.software = response.headers.get("server", "")
-        if response.status_code == 503:
-            raise Loading("503")
-        if response.status_code == 401:
-            self.refused = self.refused or response.text.lstrip().startswith("{")
-        if response.status_code >= 500 or response.status_code in (401, 403):
-            raise Unanswered(f"{response.status_code}")
-        if response.status_code != 200:
+        ) as response:  # fmt: skip
+            self.software, status = response.headers.get("server", ""), response.status_code
+            if status == 503:
+                raise Loading("503")
+            try:
+                said = await read_body(response, _MAX_BYTES) if status in (200, 401) else b""
+            except BodyTooLarge as error:
+                raise Unanswered(str(error)) from None
+        if status == 401:
+            self.refused = self.refused or said.lstrip().startswith(b"{")
+        if status >= 500 or status in (401, 403):
+            raise Unanswered(f"{status}")
+        if status != 200:
             return None
-        try:
-            return response.json()
-        except ValueError:
-            return None
+        return json_of(said)
 
     async def status(self, path: str) -> int:
         """The HTTP status of a GET at the server's root; raises httpx.HTTPError where no answer comes."""
-        response = await client_for(self.endpoint).get(self.endpoint.root + path, headers=self.endpoint.headers)
-        return response.status_code
+        url, headers = self.endpoint.root + path, self.endpoint.headers
+        async with client_for(self.endpoint).stream("GET", url, headers=headers) as response:
+            return response.status_code
 
     async def _trace(self, event: str, _info: Mapping[str, Any]) -> None:
         if event == "connection.connect_tcp.complete":
@@ -437,6 +451,14 @@ def _has_form(body: Mapping[str, Any]) -> bool:
     )
 
 
+def json_of(body: bytes) -> Any:
+    """The JSON in a body; None where there is none, or one that is nested too deep."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
 def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:
     """The objects in the list ``holder[key]``; none where the shape is another."""
     found = holder.get(key) if isinstance(holder, Mapping) else None
@@ -444,5 +466,10 @@ def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:
 
 
 def positive(value: Any) -> Optional[int]:
-    """``value`` where it is a whole number above zero."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    """``value`` where it is a whole number above zero, of a size that tokens or bytes can have."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST else None
+
+
+def amount(value: Any) -> Optional[float]:
+    """``value`` where it is a number from zero on, of a size that something counted or measured can have."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST else None

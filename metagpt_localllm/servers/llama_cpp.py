@@ -11,7 +11,18 @@ import time
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
-from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Progress, Server, Timings, Work, entries, positive
+from metagpt_localllm.servers.base import (
+    Anatomy,
+    Ask,
+    Facts,
+    Progress,
+    Server,
+    Timings,
+    Work,
+    amount,
+    entries,
+    positive,
+)
 
 __all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
 
@@ -73,9 +84,10 @@ class LlamaCpp(Server):
 
     def progress(self, chunk: Mapping[str, Any]) -> Optional[Progress]:
         told = chunk.get("prompt_progress")
-        if not isinstance(told, Mapping) or not isinstance(told.get("processed"), int):
+        if not isinstance(told, Mapping):
             return None
-        return Progress(told["processed"], positive(told.get("total")))
+        processed = amount(told.get("processed"))
+        return Progress(int(processed), positive(told.get("total"))) if processed is not None else None
 
     def timings(self, totals: Mapping[str, Any]) -> Timings:
         told = totals.get("timings")
@@ -83,11 +95,11 @@ class LlamaCpp(Server):
             return super().timings(totals)
 
         def seconds(key: str) -> Optional[float]:
-            value = told.get(key)
-            return value / 1000 if isinstance(value, (int, float)) and value >= 0 else None
+            value = amount(told.get(key))
+            return value / 1000 if value is not None else None
 
-        cached = told.get("cache_n")
-        return Timings(cached if isinstance(cached, int) else None, seconds("prompt_ms"), seconds("predicted_ms"))
+        cached = amount(told.get("cache_n"))
+        return Timings(int(cached) if cached is not None else None, seconds("prompt_ms"), seconds("predicted_ms"))
 
     async def work(self, ask: Ask) -> Optional[Work]:
         slots = await ask.array(_routed("/slots", self._routed) if self._routed else "/slots")
@@ -220,8 +232,12 @@ def _routed(path: str, model: str) -> str:
 def _entry(models: Any, model: str) -> Mapping[str, Any]:
     """The model's entry in the list; the only one where the server takes any name."""
     listed = entries(models, "data")
-    named = [entry for entry in listed if model in (entry.get("id"), *(entry.get("aliases") or ()))]
+    named = [entry for entry in listed if model == entry.get("id") or model in _list(entry.get("aliases"))]
     return next(iter(named or (listed if len(listed) == 1 else [])), {})
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _status(entry: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, entries, positive
+from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, amount, entries, positive
 
 __all__ = ["VLLM", "RayServe", "SGLang", "TabbyAPI"]
 
@@ -50,8 +50,8 @@ class VLLM(Server):
             return Timings(cached)
 
         def milliseconds(key: str) -> Optional[float]:
-            value = told.get(key)
-            return float(value) if isinstance(value, (int, float)) and value >= 0 else None
+            value = amount(told.get(key))
+            return float(value) if value is not None else None
 
         first, queue, decode = (
             milliseconds(f"{key}_ms") for key in ("time_to_first_token", "queue_time", "generation_time")
