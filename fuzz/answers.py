@@ -82,7 +82,7 @@ async def _questions(kind: type[Server], answers: list[bytes], other: bool) -> N
             await question
         except Unanswered:
             pass
-    server.remedy(4096), server.continuation(BODY, "a beginning", 3), server.extras(), server.path_to_resume("a", 9)
+    server.remedy(4096), server.continuation(BODY, "a beginning", 3), server.extras()
 
 
 def seeds() -> list[bytes]:
