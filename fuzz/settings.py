@@ -58,7 +58,7 @@ def _settings(local: object) -> None:
         return
     tier = choose_tier(settings.tiers, Caller("WriteCode", "Engineer", "Engineer"), model="m", prompt_tokens=9, has_tools=False)
     deadlines = plan_deadlines(settings.timeouts, tier, None)
-    assert 0 < deadlines.connect < 1e11 and 0 < deadlines.total < 1e11
+    assert 0 < deadlines.connect < 1e13 and 0 < deadlines.total < 1e13
     assert LocalSettings.model_validate(settings.model_dump()) == settings
     window = settings.context.window
     assert window == "auto" or 0 < window * settings.context.low_water < 1e11

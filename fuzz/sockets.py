@@ -66,7 +66,7 @@ async def _called(answers: list[bytes]) -> None:
         outcome = await asyncio.wait_for(complete(Call(endpoint, _SETTINGS, body, Caller("WriteCode", "Engineer", "Engineer"))), _LONGEST)
     except errors.LocalLLMError as error:
         fits_a_line(str(error))
-        held = f"{error.__cause__!r} {getattr(error, 'response', None) and error.response.headers} {''.join(traceback.format_exception(error))}"
+        held = f"{error.__cause__!r} {getattr(error, 'response', None) and error.response.headers} {''.join(traceback.format_exception(type(error), error, error.__traceback__))}"
         assert KEY not in held, held
     else:
         assert isinstance(outcome.text, str) and outcome.usage.total_tokens >= 0

@@ -137,7 +137,8 @@ class Seen:
         if self.trouble is Trouble.LOADING:
             return f"{where}: it is loading its model; try again when it is done"
         if self.trouble is Trouble.NO_SUCH_MODEL:
-            return f"{where}: it lists no model '{model}', but {', '.join(map(quoted, self.near))} ({about}.model)"
+            near = ", ".join(quoted(name, self.endpoint.api_key) for name in self.near)
+            return f"{where}: it lists no model '{model}', but {near} ({about}.model)"
         window = f", context {facts.window:,} tokens" if facts.window else ", context unknown"
         hint = "" if facts.window else f": set {about}.local.context.window to what is loaded"
         return f"{where}: {self.server.name}, model {model}{window}{hint}"
@@ -164,7 +165,7 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
         # Not the text of what httpx says of a header: it quotes the key.
         odd = isinstance(error, (httpx.LocalProtocolError, UnicodeError))
-        reason = "odd characters in llm.api_key or the address" if odd else str(error) or type(error).__name__
+        reason = "odd characters in llm.api_key or the address" if odd else quoted(str(error), endpoint.api_key) or type(error).__name__
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     server = (await identify(endpoint, named)).server
     # Some kinds are known by what they answer beside the API: that does not show that the API is at this address.

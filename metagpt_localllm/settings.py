@@ -52,8 +52,8 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 #: Characters that a duration, a size or the name of a key may have; of other text so many are quoted.
 _LONGEST, _QUOTED = 60, 60
-#: Seconds of the longest duration (300 years), and the largest number of tokens or requests.
-_LONGEST_TIME, _LARGEST = 1e10, 10**9
+#: Seconds of the longest duration (30,000 years), and the largest number of tokens or requests.
+_LONGEST_TIME, _LARGEST = 1e12, 10**9
 
 
 def _shown(value: object) -> str:
@@ -71,7 +71,7 @@ def parse_duration(value: object) -> float:
     """A length of time in seconds, from a number of seconds or from text such as ``"90s"``, ``"10m"``, ``"1h30m"``.
 
     Raises:
-        ValueError: not a duration, negative, or over 300 years.
+        ValueError: not a duration, negative, or over 30,000 years.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{_shown(value)} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
@@ -95,7 +95,7 @@ def parse_duration(value: object) -> float:
     if seconds < 0:
         raise ValueError(f"{_shown(value)} is negative; a duration is never below zero")
     if seconds > _LONGEST_TIME:
-        raise ValueError(f"{_shown(value)} is over 300 years; leave the key out for the default")
+        raise ValueError(f"{_shown(value)} is over 30,000 years; leave the key out for the default")
     return seconds
 
 

@@ -15,6 +15,7 @@ from conftest import WORDS, RawServer, chunk
 
 from metagpt_localllm import errors, servers
 from metagpt_localllm.call import complete
+from metagpt_localllm.checking import see
 from metagpt_localllm.simulator import Answer, Fault, Machine
 
 WHOLE = chunk("fine") + chunk(finish="stop")
@@ -279,3 +280,11 @@ async def test_what_a_server_sends_back_of_the_key_is_nowhere_in_the_error(ask):
         error = caught.value
         held = f"{error} {error!r} {error.__cause__} {vars(error)} {getattr(error, 'response', httpx.Response(200)).headers}"
         assert "sk-secret" not in held and "\x1b" not in str(error)
+
+
+async def test_a_check_shows_nothing_of_the_key_that_a_server_sends_back(ask):
+    listing = {"data": [{"id": "like sk-secret"}]}
+    for about in (b"HTTP/1.1 401 X\r\ncontent-length: 3\r\xd7x: sk-secret\r\n\r\n", listing):
+        async with RawServer(WHOLE, about={"/v1/models": about}) as server:
+            said = str(await see(ask(server, api_key="sk-secret").endpoint))
+        assert "sk-secret" not in said and "…" in said

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import fuzz  # noqa: E402
 
 #: Inputs that are replayed of targets that take long for one; the failed ones are all among them.
-MOST = {"state": 40, "sockets": 12}
+MOST = {"state": 30, "sockets": 9}
 
 
 def target_of(name):
@@ -22,21 +22,22 @@ def target_of(name):
 
 
 def inputs(name):
-    found = sorted((ROOT / "fuzz" / "failed" / name).glob("*"))
-    corpus = sorted((ROOT / "fuzz" / "corpus" / name).glob("*"))
-    every = max(len(corpus) // MOST.get(name, len(corpus) or 1), 1)
-    return found + corpus[::every]
+    files = [sorted((ROOT / "fuzz" / folder / name).glob("*")) for folder in ("failed", "corpus")]
+    failed, corpus = ({file.name: file.read_bytes() for file in found} for found in files)
+    corpus.update((f"seed {number}", seed) for number, seed in enumerate(target_of(name).seeds()))
+    every = -(-len(corpus) // MOST.get(name, len(corpus)))
+    return [*failed.items(), *list(corpus.items())[::every]]
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_what_the_corpus_holds_breaks_nothing(name):
-    files = inputs(name)
-    assert len(files) >= 10
-    for file in files:
+    every = inputs(name)
+    assert len(every) >= 8
+    for title, data in every:
         try:
-            target_of(name).check(file.read_bytes())
+            target_of(name).check(data)
         except BaseException as error:
-            raise AssertionError(f"{file} fails: {error!r}") from error
+            raise AssertionError(f"{name}, {title} fails: {error!r}") from error
 
 
 @pytest.mark.parametrize("name, times", [("stream", 60), ("answers", 60), ("settings", 40), ("state", 8)])

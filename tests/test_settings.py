@@ -157,7 +157,7 @@ def test_a_value_of_any_kind_is_taken_or_refused_in_a_few_short_lines(path):
             # What was taken can be used: no number of it overflows, and no path is none.
             plan_deadlines(settings.timeouts, next(iter(settings.tiers), None), None)
             state_at(settings.journal.path)
-            assert settings.journal.keep.size < 2**63 and settings.journal.keep.age < 1e11
+            assert settings.journal.keep.size < 2**63 and settings.journal.keep.age < 1e13
             if settings.context.window != "auto":
                 assert settings.context.window * settings.context.low_water < 1e10
 
