@@ -15,7 +15,7 @@ from typing import Any, AsyncIterator, Callable, Iterable, Mapping, Optional, Se
 
 import h11
 
-from metagpt_localllm.simulator import answers
+from metagpt_localllm.simulator import answers, native
 from metagpt_localllm.simulator.answers import Answer
 from metagpt_localllm.simulator.dialects import (
     DIALECTS,
@@ -222,6 +222,7 @@ class _Exchange:
         self.deaf = False  # whether this request goes on when its client has left
         self.stream: Optional[Stream] = None  # that of this request, where it goes on and can be taken up again
         self.gone = False  # whether its client has left
+        self.lines: Optional[native.Lines] = None  # of an answer to /api/chat
         self.heard: Optional[asyncio.Future[bytes]] = None  # what the client says meanwhile, once it does
 
     async def run(self) -> None:
@@ -262,6 +263,8 @@ class _Exchange:
     async def _reply(
         self, status: int, payload: Any, headers: Sequence[tuple[str, str]] = (), kind: str = "application/json"
     ) -> None:
+        if self.lines is not None and isinstance(payload, Mapping):
+            payload = native.whole(payload)
         body = payload if isinstance(payload, bytes) else json.dumps(payload, ensure_ascii=False).encode()
         everything = [("content-type", kind), ("content-length", str(len(body))), *self._software(), *headers]
         head = self.http.send(h11.Response(status_code=status, headers=everything))
@@ -269,7 +272,8 @@ class _Exchange:
         await self._send(self.http.send(h11.EndOfMessage()))
 
     async def _start_stream(self) -> None:
-        headers = [("content-type", "text/event-stream"), ("transfer-encoding", "chunked"), *self._software()]
+        kind = "text/event-stream" if self.lines is None else "application/x-ndjson"
+        headers = [("content-type", kind), ("transfer-encoding", "chunked"), *self._software()]
         await self._say(h11.Response(status_code=200, headers=headers))
 
     async def _say(self, event: h11.Event) -> None:
@@ -295,10 +299,15 @@ class _Exchange:
         await self._data(f": {text}\n\n".encode())
 
     async def _event(self, payload: Any) -> None:
+        if self.lines is not None:
+            await self._data(self.lines.of(payload))
+            return
         data = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False)
         await self._data(f"data: {data}\n\n".encode())
 
     async def _end(self) -> None:
+        if self.lines is not None:
+            await self._data(self.lines.last())
         await self._say(h11.EndOfMessage())
 
     def _reset(self) -> None:
@@ -374,6 +383,13 @@ class _Exchange:
         if path == "/v1/chat/completions" or (path == "/chat/completions" and sim.manner.bare):
             await self._chat(headers.get("x-conversation-id", ""))
             return
+        if path == "/api/chat" and sim.dialect == "ollama":
+            self.lines = native.Lines(sim.model)
+            try:
+                await self._chat()
+            finally:
+                self.lines = None
+            return
         if not sim.manner.answers_while_loading and sim._loading():
             await self._reply(503, _LOADING)
             return
@@ -439,7 +455,7 @@ class _Exchange:
 
     async def _chat(self, conversation: str = "") -> None:
         sim, stats = self.sim, self.sim.stats
-        body = self._json()
+        body = self._json() if self.lines is None else native.asked(self._json())
         stats.requests += 1
         sim.requests.append(body)
         sim.raw_requests.append(self.body)
