@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -17,11 +17,14 @@ from bench import workload
 from bench.clients import RUNNERS
 from bench.environments import Missing, python_for
 from metagpt_localllm.simulator import Fault, Machine
+from metagpt_localllm.simulator.answers import FILES
 
 __all__ = ["Cell", "Outcome", "MACHINE", "run"]
 
 #: A 34B model, half of it on the CPU; what it takes to load after a crash.
 MACHINE = Machine(prefill_speed=40.0, decode_speed=2.5, load_time=30.0, slots=1, context=4096)
+#: MetaGPT's own providers do not trim, and a prompt of the company's is longer than 4,096: that is no matter of faults.
+_COMPANY_CONTEXT = 8192
 ROOT = Path(__file__).resolve().parent.parent
 #: Real seconds: until a runner has imported its libraries; for one cell.
 _START, _CELL = 180.0, 120.0
@@ -47,19 +50,24 @@ class Cell:
     faults: tuple[Fault, ...]
     limit: float
 
+    @property
+    def company(self) -> bool:
+        return self.client.startswith("company")
+
 
 @dataclass
 class Outcome:
     """What became of a cell; seconds are simulated.
 
     Attributes:
-        right: calls whose answer was exactly the right text.
+        right: calls whose answer was exactly the right text; of the company, whole files of the project.
         answered: calls that gave any answer.
         error: of the call at which it broke off; "" where there was none.
         seconds: from the first call to the end.
         work: tokens that the server prefilled and decoded.
         requests: that it got.
         faults: that it played.
+        wanted: what ``right`` is when the run is finished.
     """
 
     right: int = 0
@@ -70,9 +78,11 @@ class Outcome:
     requests: int = 0
     faults: dict[str, int] = field(default_factory=dict)
 
+    wanted: int = workload.CALLS
+
     @property
     def finished(self) -> bool:
-        return self.right == workload.CALLS
+        return self.right == self.wanted
 
 
 class _Runner:
@@ -187,10 +197,11 @@ def run(
 
 def _one(number: int, cell: Cell, runner: _Runner, seed: int) -> Outcome:
     with tempfile.TemporaryDirectory() as home:
-        told = {**asdict(cell), "seed": seed, "home": home, "model": "codebooga-34b", "machine": asdict(MACHINE)}
+        machine = replace(MACHINE, context=_COMPANY_CONTEXT) if cell.company else MACHINE
+        told = {**asdict(cell), "seed": seed, "home": home, "model": "codebooga-34b", "machine": asdict(machine)}
         said = runner.run(number, told)
     stats = said["stats"]
     return Outcome(
         said["right"], said["answered"], said["error"], said["seconds"], stats["prefill_tokens"] + stats["decode_tokens"],
-        stats["requests"], stats["faults"],
+        stats["requests"], stats["faults"], len(FILES) if cell.company else workload.CALLS,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 import os
+import random
 import secrets
 import socket
 import sys
@@ -157,20 +158,50 @@ async def _proxy(cell):
 # ------------------------------------------------------------------------------------------------ MetaGPT, and ours
 
 
+def _llm_config(cell):
+    provider = cell["client"].split()[-1]
+    timeout = {"open_llm": 120, "ollama": 300}.get(provider) if cell["best"] else None
+    base_url = cell["base_url"].replace("/v1", "/api") if provider == "ollama" else cell["base_url"]
+    config = {"api_type": provider, "base_url": base_url, "model": cell["model"], "api_key": _KEY}
+    return {**config, **({"timeout": timeout} if timeout else {})}
+
+
 @contextlib.asynccontextmanager
 async def _metagpt(cell):
     from metagpt.configs.llm_config import LLMConfig
     from metagpt.provider.llm_provider_registry import create_llm_instance
 
-    provider = cell["client"]
-    timeout = {"open_llm": 120, "ollama": 300}.get(provider) if cell["best"] else None
-    base_url = cell["base_url"].replace("/v1", "/api") if provider == "ollama" else cell["base_url"]
-    config = {"api_type": provider, "base_url": base_url, "model": cell["model"], "api_key": _KEY}
-    llm = create_llm_instance(LLMConfig(**config, **({"timeout": timeout} if timeout else {})))
+    llm = create_llm_instance(LLMConfig(**_llm_config(cell)))
 
     async def ask(messages):
         # "ollama" has no system prompt, and sends nothing but the first message.
         return await llm.aask(messages[1]["content"], system_msgs=[messages[0]["content"]])
+
+    yield ask
+
+
+@contextlib.asynccontextmanager
+async def _company(cell):
+    """MetaGPT's software company, as metagpt.software_company.generate_repo hires and runs it; no questions of our own."""
+    import metagpt.team
+    from metagpt.config2 import config
+    from metagpt.configs.llm_config import LLMConfig
+    from metagpt.context import Context
+    from metagpt.roles import Architect, Engineer, ProductManager, ProjectManager
+
+    home = Path(cell["home"])
+    metagpt.team.SERDESER_PATH = home / "storage"
+    # Each role begins with a copy of what was read when MetaGPT was imported.
+    for one in (config, Context.model_fields["config"].default):
+        one.llm, one.workspace.path = LLMConfig(**_llm_config(cell)), home / "workspace"
+    config.update_via_cli("", "snake_game", False, "", 0)
+    team = metagpt.team.Team(context=Context(config=config))
+    team.hire([ProductManager(), Architect(), ProjectManager(), Engineer(n_borg=5, use_code_review=True)])
+    team.invest(3.0)
+    team.run_project("Create a snake game for the terminal")
+
+    async def ask(_messages):
+        await team.run(n_round=5)
 
     yield ask
 
@@ -204,17 +235,35 @@ RUNNERS = {
         ["metagpt.provider.llm_provider_registry", "metagpt.provider.ollama_api", "metagpt.provider.openai_api"],
         {name: _metagpt for name in ("local_llm", "open_llm", "ollama")},
     ),
+    "company": (
+        "own",
+        ["metagpt.software_company", "metagpt.roles", "metagpt.team", "metagpt_localllm.demo"],
+        {f"company {name}": _company for name in ("local_llm", "open_llm", "ollama")},
+    ),
     "bare": ("own", [], {"bare": _bare}),
 }
+_METAGPT = ("metagpt", "company")
+
+
+def _files_of(home):
+    """How many of the project's files are there and whole."""
+    from metagpt_localllm.demo import _Project
+    from metagpt_localllm.simulator.answers import FILES
+
+    project = _Project.read(Path(home, "workspace"))
+    return len(FILES) - len(set(project.missing) | set(project.broken))
 
 
 async def _play(client, cell):
     """The ten calls; the run breaks off at the first that fails, as an agent's does."""
-    from metagpt_localllm.simulator import Answer, Fault, Machine, Simulator
+    from metagpt_localllm.simulator import Answer, Fault, Machine, Simulator, answers
 
     wanted, done, said = workload.answers(cell["seed"]), [], {"right": 0, "error": ""}
 
     async def calls(ask):
+        if company:
+            await ask([])
+            return
         for number in range(workload.CALLS):
             done.append(await ask(workload.messages(done)))
             said["right"] += done[-1] == wanted[number]
@@ -222,8 +271,9 @@ async def _play(client, cell):
     def answer(messages, _tools):
         return Answer(workload.answer_to(messages, wanted))
 
+    company = cell["client"].startswith("company")
     simulator = Simulator(
-        Machine(**cell["machine"]), dialect=cell["dialect"], model=cell["model"], answer=answer,
+        Machine(**cell["machine"]), dialect=cell["dialect"], model=cell["model"], answer=answers.answer if company else answer,
         faults=[Fault(**fault) for fault in cell["faults"]],
     )  # fmt: skip
     async with simulator:
@@ -238,6 +288,8 @@ async def _play(client, cell):
             except Exception as failed:
                 said["error"] = f"{type(failed).__name__}: {failed}"[:300]
             seconds = time.monotonic() - started
+            if company:
+                said["right"] = _files_of(cell["home"])
             await asyncio.sleep(1)  # the server notices that its client has left
             # What closes a client is not awaited: it may take long.
             return {**said, "answered": len(done), "seconds": seconds, "stats": dataclasses.asdict(simulator.stats)}
@@ -275,6 +327,7 @@ def _say(out, line):
 
 
 def _child(cell, clients, out):
+    random.seed(cell["seed"])  # back-offs are drawn alike for everybody
     quiet = os.open(os.path.join(cell["home"], "output"), os.O_WRONLY | os.O_CREAT)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
@@ -301,13 +354,13 @@ def main():
     with tempfile.TemporaryDirectory() as home:
         # MetaGPT reads its configuration while it is imported.
         Path(home, ".metagpt").mkdir()
-        Path(home, ".metagpt", "config2.yaml").write_text("llm: {api_type: openai, api_key: none, model: m}\n")
+        Path(home, ".metagpt", "config2.yaml").write_text("llm: {api_type: openai, base_url: 'http://127.0.0.1:9/v1', api_key: none, model: m}\n")
         os.environ.update(HOME=home, METAGPT_PROJECT_ROOT=home, LITELLM_LOCAL_MODEL_COST_MAP="True", LITELLM_TELEMETRY="False")
-        if name == "metagpt":
+        if name in _METAGPT:
             import metagpt_localllm  # noqa: F401  (from a checkout there is no .pth file)
         for module in modules:
             importlib.import_module(module)
-        if name == "metagpt":
+        if name in _METAGPT:
             from metagpt.logs import define_log_level, set_llm_stream_logfunc
 
             define_log_level("ERROR", "ERROR")
