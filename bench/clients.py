@@ -148,7 +148,7 @@ async def _proxy(cell):
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
         await asyncio.sleep(0.1)
     async with _openai({**cell, "base_url": f"http://127.0.0.1:{listener.getsockname()[1]}", "model": "m", "key": key}) as ask:
         yield ask
@@ -334,7 +334,7 @@ def _child(cell, clients, out):
     os.environ["HOME"] = os.environ["USERPROFILE"] = cell["home"]
     os.chdir(cell["home"])
     try:
-        result = asyncio.run(_main(clients[cell["client"]], cell, out))
+        asyncio.run(_main(clients[cell["client"]], cell, out))
     except BaseException:
         _say(out, {"id": cell["id"], "broken": traceback.format_exc()[-1500:]})
 
