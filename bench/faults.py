@@ -13,7 +13,8 @@ client waits for as long as its documented defaults say, whatever the speed and 
 minutes takes none. ``METAGPT_LOCALLLM_TIME_SCALE`` is not used: ours, too, has its real constants. CPU time is not in it.
 Back-offs are random: every cell draws from the same seed. Each cell has a new HOME, so that nothing was learned before.
 
-- **waste** is (tokens prefilled + decoded by the server) / (those of a run without faults by a bare socket).
+- **waste** is (tokens prefilled + decoded by the server) / (those needed: those of a run without faults by a bare socket,
+  and where the fault takes the server's prefix cache, as refuse and loading do, those of that call's prompt once more).
 - **wall** is the time of the run / (that of the bare socket).
 - **a fault's own length** is how long the server cannot be used: ``duration`` of loading, that of refuse and the load that
   follows, the Retry-After of busy. A silence (hang, hang_after_headers, keepalive_only, stall) has no length of its own, and
@@ -22,7 +23,7 @@ Back-offs are random: every cell draws from the same seed. Each cell has a new H
 - A run is **cut off** after the longest of 10 × the bare run and (the bare run + the length + 3 hours).
 - **best or equal**: finished if anybody is; of those who finish, waste within 2 % of the least; of those, wall within 2 %.
 
-"no stated finish" kinds that are no fault of the way (``truncate``: bench/context.py) are left out. Stock ``ollama`` speaks
+``truncate`` is left out: it is a matter of the prompt's size (bench/context.py). Stock ``ollama`` speaks
 Ollama's own API, so it has rows only where the server is Ollama; it sends no system prompt, and is compared with itself.
 """
 
@@ -35,11 +36,13 @@ import sys
 from dataclasses import dataclass
 from typing import Iterable, Optional, Sequence
 
+from bench import workload
 from bench.cells import MACHINE, Cell, Outcome, run
 from bench.clients import RUNNERS, SETTINGS
 from bench.environments import versions
 from bench.results import Goal, Part, Plot, Table
 from metagpt_localllm.simulator import Fault
+from metagpt_localllm.simulator.machine import PrefixCache, render, tokenize
 
 __all__ = ["FAULTS", "measure"]
 
@@ -56,18 +59,29 @@ SILENCE, TOLERANCE = 60.0, 0.02
 WASTE = {CONTINUES: 1.05, BEGINS_ANEW: 1.3}
 COMPANY_FAULTS = ("none", "hang", "stall", "close", "refuse", "mix")
 _ON, _AFTER = 4, 60
+_FORGETS = ("refuse", "loading")
+#: Faults that need no further request.
+_HARMLESS = ("no_done", "no_usage")
 
 
 @dataclass(frozen=True)
 class Script:
-    """Faults, and how long the server cannot be used, in seconds."""
+    """Faults.
+
+    Attributes:
+        faults: them.
+        length: seconds that the server cannot be used.
+        forgets: numbers of the calls at which the server loses its prefix cache.
+    """
 
     faults: tuple[Fault, ...] = ()
     length: float = 0.0
+    forgets: tuple[int, ...] = ()
 
 
 def _one(kind: str, length: float = 0.0, **more: float) -> Script:
-    return Script((Fault(kind, on=_ON, after=_AFTER, **more),), length)  # type: ignore[arg-type]
+    forgets = (_ON,) if kind in _FORGETS else ()
+    return Script((Fault(kind, on=_ON, after=_AFTER, **more),), length, forgets)  # type: ignore[arg-type]
 
 
 FAULTS = {
@@ -95,11 +109,14 @@ FAULTS = {
 def mix(seed: int) -> Script:
     """Six faults, one at every second request from the second on."""
     kinds = random.Random(seed).sample([name for name in FAULTS if name != "none"], 6)
-    faults = []
+    faults, forgets, again = [], [], 0
     for place, kind in enumerate(kinds):
-        fault = FAULTS[kind].faults[0]
-        faults.append(Fault(**{**vars(fault), "on": 2 + 2 * place}))
-    return Script(tuple(faults), sum(FAULTS[kind].length for kind in kinds))
+        fault = Fault(**{**vars(FAULTS[kind].faults[0]), "on": 2 + 2 * place})
+        faults.append(fault)
+        if kind in _FORGETS:
+            forgets.append(fault.on - again)
+        again += kind not in _HARMLESS
+    return Script(tuple(faults), sum(FAULTS[kind].length for kind in kinds), tuple(forgets))
 
 
 @dataclass
@@ -108,6 +125,7 @@ class Found:
 
     scripts: dict[str, Script]
     outcomes: dict[Cell, Outcome]
+    seed: int
 
     def __post_init__(self) -> None:
         self._cells = {(cell.client, cell.best, cell.dialect, cell.fault): cell for cell in self.outcomes}
@@ -125,7 +143,8 @@ class Found:
         return ideal
 
     def waste(self, cell: Cell) -> float:
-        return self.outcomes[cell].work / max(self.ideal(cell).work, 1)
+        lost = 0 if cell.company else sum(cached_tokens(self.seed, call) for call in self.scripts[cell.fault].forgets)
+        return self.outcomes[cell].work / max(self.ideal(cell).work + lost, 1)
 
     def wall(self, cell: Cell) -> float:
         return self.outcomes[cell].seconds / max(self.ideal(cell).seconds, 1e-9)
@@ -210,32 +229,40 @@ def measure(seed: int, quick: bool = False, only: Sequence[str] = (), *, loud: b
     scripts = {**FAULTS, "mix": mix(seed)}
     chosen = only or (("hang", "close") if quick else tuple(scripts))
     scripts = {name: script for name, script in scripts.items() if name in chosen or name == "none"}
-    tokens = sum(_prompts_and_answers(seed))
-    cells = _cells(scripts, tokens, quick)
+    cells = _cells(scripts, _bare_seconds(seed), quick)
 
     def tell(text: str) -> None:
         if loud:
             print(text, file=sys.stderr, flush=True)
 
-    outcomes, missing = run(cells, seed=seed, at_once=os.cpu_count() or 2, tell=tell)
-    found = Found(scripts, outcomes)
+    outcomes, missing = run(cells, seed=seed, at_once=2 * (os.cpu_count() or 2), tell=tell)
+    found = Found(scripts, outcomes, seed)
     return Part(
         "Faults of the server", f"python -m bench.faults --seed {seed}", _tables(found, seed), list(_goals(found)), _plots(found),
         [f"{LABELS[client.split()[-1]]} is left out: {why}" for client, why in missing.items()], _versions(missing),
     )  # fmt: skip
 
 
-def _prompts_and_answers(seed: int) -> tuple[float, float]:
-    """Seconds that the machine needs for all prompts, each but what it shares with the one before, and for all answers."""
-    from bench import workload
-    from metagpt_localllm.simulator.machine import PrefixCache, render, tokenize
-
-    cache, made, prompts = PrefixCache(1), workload.answers(seed), 0
+def _shared(seed: int) -> list[tuple[int, int]]:
+    """Of each call's prompt, all its tokens and those that the server knows from the prompt before."""
+    cache, made, shares = PrefixCache(1), workload.answers(seed), []
     for number in range(workload.CALLS):
         prompt = render(workload.messages(made[:number]))
-        prompts += len(prompt) - cache.shared(prompt)
+        shares.append((len(prompt), cache.shared(prompt)))
         cache.hold(prompt)
-    return prompts / MACHINE.prefill_speed, sum(len(tokenize(text)) for text in made) / MACHINE.decode_speed
+    return shares
+
+
+def cached_tokens(seed: int, call: int) -> int:
+    """Tokens of the prompt of this call, from 1, that come from the server's prefix cache."""
+    return _shared(seed)[call - 1][1] if 0 < call <= workload.CALLS else 0
+
+
+def _bare_seconds(seed: int) -> float:
+    """What the machine needs for all prompts, without what each shares with the one before, and for all answers."""
+    prompts = sum(whole - shared for whole, shared in _shared(seed))
+    decoded = sum(len(tokenize(text)) for text in workload.answers(seed))
+    return prompts / MACHINE.prefill_speed + decoded / MACHINE.decode_speed
 
 
 def _versions(missing: Iterable[str]) -> dict[str, str]:

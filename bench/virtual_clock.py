@@ -20,8 +20,8 @@ __all__ = ["install"]
 _real_sleep, _real_clock = time.sleep, time.perf_counter
 #: Real seconds: for which the interpreter is left to other threads; what that takes at the most when none wants it.
 _YIELD, _YIELDED = 2e-5, 1e-3
-#: From how many seconds on a jump is a far one, which no thread may miss; looks in a row that find nobody at work.
-_FAR, _LOOKS, _FAR_LOOKS = 1.0, 2, 10
+#: From how many seconds on a jump is a far one, which no thread may miss; looks in a row that must find nobody at work.
+_FAR, _LOOKS = 1.0, 10
 
 
 class _Clock:
@@ -41,13 +41,16 @@ class _Clock:
             _real_sleep(1e-3)
 
 
-def _others_work(pause):
-    """Whether another thread is at work, or would be if it got the interpreter, which it is left to for a ``pause``."""
-    if threading.active_count() == 1:
-        return False
+def _wanted(pause):
+    """Whether another thread wants the interpreter, which is left to it for a ``pause``."""
     begun = _real_clock()
     _real_sleep(pause)
-    if _real_clock() - begun > pause + _YIELDED:
+    return _real_clock() - begun > pause + _YIELDED
+
+
+def _others_work(pause):
+    """Whether another thread is at work, or would be if it got the interpreter."""
+    if _wanted(pause):
         return True
     own = str(threading.get_native_id())
     try:
@@ -72,11 +75,9 @@ class _Selector(selectors.DefaultSelector):
             return ready
         if timeout is None:
             return super().select(None)
-        idle, looks, pause = 0, *((_LOOKS, _YIELD) if timeout < _FAR else (_FAR_LOOKS, _YIELDED))
-        while idle < looks:
+        idle, looks, pause = 0, *((1, _YIELD) if timeout < _FAR else (_LOOKS, _YIELDED))
+        while threading.active_count() > 1 and idle < looks:
             idle = 0 if _others_work(pause) else idle + 1
-            if threading.active_count() == 1:
-                break
             ready = super().select(0)
             if ready:
                 return ready

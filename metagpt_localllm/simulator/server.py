@@ -558,6 +558,7 @@ class _Exchange:
                 await self._send(self.http.send(h11.Data(data=b": keep-alive\n\n")))
         elif fault.kind == "loading":
             self.sim._loaded_at = time.monotonic() + fault.duration / self.sim.scale
+            self.sim._cache = PrefixCache(self.sim.machine.slots)  # a model that loads remembers nothing
             await self._reply(503, _LOADING)
         elif fault.kind == "busy":
             await self._reply(429, {"error": {"message": "Too many requests", "type": "rate_limit_error"}},
