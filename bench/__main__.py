@@ -62,13 +62,13 @@ def _machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()} {platform.release().split('-')[0]}"
 
 
-def _draw(plots: Sequence[Plot]) -> str:
+def _draw(plots: Sequence[Plot], folder: Path) -> str:
     """Why there are no pictures; "" where they were drawn."""
     if not plots:
         return ""
     told = json.dumps([dataclasses.asdict(plot) for plot in plots])
     try:
-        command = [python_for("plots"), str(HERE / "plots.py"), str(HERE / "results")]
+        command = [python_for("plots"), str(HERE / "plots.py"), str(folder)]
     except Missing as why:
         return str(why)
     subprocess.run(command, input=told, text=True, check=True)
@@ -101,9 +101,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
     """Exit status: 0 when everything was measured, whether the goals were met or not; else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="to see that it works; bench/RESULTS.md says so")
+    parser.add_argument("--quick", action="store_true", help="to see that it works; not the real figures")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md", help="the pictures go to results/ beside it")
     options = parser.parse_args(arguments)
     started, parts, failed = time.monotonic(), [], {}
     for name in options.parts:
@@ -113,7 +113,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         except Exception as error:  # one that fails does not cost the others
             failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
         print(f"{name}: {failed.get(name, 'measured')}, {time.monotonic() - begun:.0f} s", flush=True)
-    undrawn = _draw([plot for part in parts for plot in part.plots])
+    undrawn = _draw([plot for part in parts for plot in part.plots], options.output.resolve().parent / "results")
     text = _written(parts, failed, options.seed, options.quick, time.monotonic() - started, undrawn)
     options.output.write_text(text, encoding="utf-8")
     print(goals(parts).markdown())

@@ -245,7 +245,7 @@ def measure(seed: int, quick: bool = False, only: Sequence[str] = (), *, loud: b
     outcomes, missing = run(cells, seed=seed, at_once=2 * (os.cpu_count() or 2), tell=tell)
     found = Found(scripts, outcomes, seed)
     return Part(
-        "Faults of the server", f"python -m bench.faults --seed {seed}", _tables(found, seed), list(_goals(found)), _plots(found),
+        "Faults of the server", f"python -m bench.faults --seed {seed}" + " --quick" * quick, _tables(found, seed), list(_goals(found)), _plots(found),
         [_SILENT, *(f"{LABELS[client.split()[-1]]} is left out: {why}" for client, why in missing.items())], _versions(missing),
     )  # fmt: skip
 
