@@ -55,7 +55,7 @@ def lines(figure, data):
 
 def grid(figure, data):
     rows, columns = data["rows"], data["columns"]
-    figure.set_size_inches(2.2 + 1.0 * len(columns), 1.4 + 0.3 * len(rows))
+    figure.set_size_inches(2.2 + 1.0 * len(columns), max(1.4 + 0.3 * len(rows), 3.0))
     axes = figure.subplots()
     for y, line in enumerate(data["cells"]):
         for x, cell in enumerate(line):
