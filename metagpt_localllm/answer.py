@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import re
 import time
 import unicodedata
+from array import array
+from bisect import bisect_right
 from typing import Any, Mapping, Optional
 
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion
 
-__all__ = ["Answer", "may_continue", "seam"]
+__all__ = ["MAX_CHARACTERS", "Answer", "AnswerTooLarge", "OddChunk", "chunk_of", "may_continue", "seam"]
+
+#: Characters that an answer may have, with its thoughts and tool calls; no model writes so many.
+MAX_CHARACTERS = 1 << 26
+#: Tool calls that it may have; and the index that one may be given.
+_MOST_CALLS, _LARGEST_INDEX = 1024, 10**6
+#: Fields of usage and timings that are kept, and the largest number in one.
+_FIELDS, _LARGEST = 50, 10**12
+#: Characters of an id, a model's name, a finish_reason.
+_NAME = 200
 
 
 #: vLLM aborts, Ollama loads or unloads, gateways report errors: words of failure where others say "stop".
@@ -65,6 +78,61 @@ def _is_periodic(text: str) -> bool:
     return False
 
 
+#: What reading something of an odd shape raises.
+_ODD = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+class OddChunk(ValueError):
+    """An event that is no JSON, or no chunk of a chat; its text says so in a line."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"the stream holds something that is no chat chunk ({type(error).__name__}: {str(error)[:100]})")
+
+
+class AnswerTooLarge(OddChunk):
+    """The answer is over MAX_CHARACTERS."""
+
+    def __init__(self) -> None:
+        ValueError.__init__(self, f"the answer is over {MAX_CHARACTERS:,} characters")
+
+
+def chunk_of(data: bytes) -> Optional[dict[str, Any]]:
+    """The JSON object in the data of an event; None where it is other JSON.
+
+    Raises:
+        OddChunk: it is no JSON, or is nested too deep.
+    """
+    try:
+        chunk = json.loads(data.decode("utf-8", "replace"))
+    except _ODD as error:
+        raise OddChunk(error) from None
+    return chunk if isinstance(chunk, dict) else None
+
+
+class _Text:
+    """Text that comes in small parts. Kept as one: a string for each of millions of tokens takes twenty times as much."""
+
+    def __init__(self) -> None:
+        self._text = io.StringIO(newline="")
+        self._length = 0
+        self._ends = array("Q")
+
+    def add(self, part: str) -> None:
+        self._text.write(part)
+        self._length += len(part)
+        self._ends.append(self._length)
+
+    def parts_within(self, length: int) -> int:
+        """How many whole parts its first ``length`` characters hold."""
+        return bisect_right(self._ends, length)
+
+    def __str__(self) -> str:
+        return self._text.getvalue()
+
+    def __bool__(self) -> bool:
+        return self._length > 0
+
+
 class Answer:
     """Collects ``chat.completion.chunk`` objects (or one whole ``chat.completion``) of choice 0.
 
@@ -86,8 +154,8 @@ class Answer:
         self.restarted = False
         self._id = ""
         self._model = ""
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
+        self._content, self._reasoning = _Text(), _Text()
+        self._size = 0  # characters that have come
         self._tool_calls: dict[int, dict[str, Any]] = {}
         self._moved: dict[int, int] = {}
         self._repeated: tuple[str, ...] = ()  # what the stream may begin with that is no new text
@@ -110,7 +178,7 @@ class Answer:
             shown: all that was shown, where that is longer: it is not shown again if it comes again.
         """
         made = cls()
-        made._content.append(content)
+        made._content.add(content)
         made.tokens = made.begun_tokens = tokens
         if repeats is not False and content.strip():
             made._repeated = tuple({content, content.lstrip()})
@@ -137,16 +205,29 @@ class Answer:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Answer:
-        """The answer that :meth:`as_record` was called of; where it has no end, that is the beginning of one."""
+        """The answer that :meth:`as_record` was called of; where it has no end, that is the beginning of one.
+
+        What has another type than that would have, or is missing, is empty.
+        """
         made = cls()
-        made._id, made._model = record["id"], record["model"]
-        made._content, made._reasoning = [record["content"]], [record["reasoning"]] if record["reasoning"] else []
-        made._tool_calls = {
-            index: {"id": identity, "type": "function", "name": name, "arguments": [arguments]}
-            for index, identity, name, arguments in record["tool_calls"]
-        }
-        made.finish_reason, made.usage, made.timings = record["finish_reason"], record["usage"], record["timings"]
-        made.tokens = record["tokens"]
+
+        def text(value: Any) -> str:
+            return value if isinstance(value, str) else ""
+
+        made._id, made._model = text(record.get("id")), text(record.get("model"))
+        made._content.add(text(record.get("content")))
+        if text(record.get("reasoning")):
+            made._reasoning.add(text(record.get("reasoning")))
+        calls = record.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, (list, tuple)) and len(call) == 4 and isinstance(call[0], int):
+                index, identity, name, arguments = call[0], *map(text, call[1:])
+                made._tool_calls[index] = {"id": identity, "type": "function", "name": name, "arguments": [arguments]}
+        made.finish_reason = text(record.get("finish_reason")) or None
+        usage, timings, tokens = (record.get(name) for name in ("usage", "timings", "tokens"))
+        made.usage = _numbers(usage) if isinstance(usage, Mapping) else None
+        made.timings = _numbers(timings) if isinstance(timings, Mapping) else None
+        made.tokens = tokens if isinstance(tokens, int) and 0 <= tokens <= _LARGEST else 0
         if made.finish_reason is None or made.failed:
             made.begun_tokens = made.tokens
         return made
@@ -159,14 +240,10 @@ class Answer:
     @property
     def partial_tokens(self) -> int:
         """Tokens of :attr:`partial`, about."""
-        kept, count, length = len(self.partial), self.begun_tokens, 0
-        for number, text in enumerate(self._content):
-            length += len(text)
-            if length > kept:
-                break
-            if number or not self.begun_tokens:
-                count += 1
-        return min(count, self.tokens)
+        parts = self._content.parts_within(len(self.partial))
+        if self.begun_tokens:  # the first part is what it began with
+            parts = self.begun_tokens + max(parts - 1, 0)
+        return min(parts, self.tokens)
 
     @property
     def continuable(self) -> bool:
@@ -190,17 +267,28 @@ class Answer:
 
     @property
     def content(self) -> str:
-        return "".join(self._content)
+        return str(self._content)
 
     @property
     def reasoning(self) -> str:
-        return "".join(self._reasoning)
+        return str(self._reasoning)
 
     def add(self, chunk: Mapping[str, Any]) -> tuple[bool, str]:
         """Takes one chunk; says whether it carried any token, and the text to show (may be empty).
 
-        Chunks of unexpected shape carry nothing. A role, an empty text or an empty delta is no token.
+        A role, an empty text or an empty delta is no token.
+
+        Raises:
+            OddChunk: it has another shape than a chunk has.
         """
+        try:
+            return self._add(chunk)
+        except OddChunk:
+            raise
+        except _ODD as error:
+            raise OddChunk(error) from None
+
+    def _add(self, chunk: Mapping[str, Any]) -> tuple[bool, str]:
         if not self._id or "usage" in chunk or "timings" in chunk:
             self._take_totals(chunk)
         choices = chunk.get("choices")
@@ -213,7 +301,8 @@ class Answer:
         if isinstance(text, str) and text:
             token = True
         elif isinstance(text, list):  # some gateways send parts
-            text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
+            parts = (part.get("text") for part in text if isinstance(part, Mapping))
+            text = "".join(part for part in parts if isinstance(part, str))
             token = bool(text)
         else:
             text = ""
@@ -221,14 +310,20 @@ class Answer:
             token = self._take_rest(delta) or token
         reason = choice.get("finish_reason")
         if reason:
-            self.finish_reason = str(reason)
+            self.finish_reason = str(reason)[:_NAME]
         if token:
             self.tokens += 1
+        self._grow(len(text))
         if self._repeated:
             text = self._without_repetition(text)
         if text:
-            self._content.append(text)
+            self._content.add(text)
         return token, self._unseen(text) if self._seen or self._matched else text
+
+    def _grow(self, characters: int) -> None:
+        self._size += characters
+        if self._size > MAX_CHARACTERS:
+            raise AnswerTooLarge
 
     def _without_repetition(self, text: str) -> str:
         """The new text in what has come; empty as long as it may all be a repetition of the beginning."""
@@ -263,7 +358,8 @@ class Answer:
         token = False
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(reasoning, str) and reasoning:
-            self._reasoning.append(reasoning)
+            self._grow(len(reasoning))
+            self._reasoning.add(reasoning)
             token = True
             self.restarted = self.restarted or (self.begun_tokens > 0 and bool(reasoning.strip()))
         for position, part in enumerate(delta.get("tool_calls") or ()):
@@ -272,19 +368,22 @@ class Answer:
 
     def _take_tool_call(self, position: int, part: Mapping[str, Any]) -> bool:
         index = part.get("index")
-        index = index if isinstance(index, int) else position
-        identity = str(part.get("id") or "")
+        index = index if isinstance(index, int) and 0 <= index <= _LARGEST_INDEX else position
+        identity = str(part.get("id") or "")[:_NAME]
         given, index = index, self._moved.get(index, index)
         known = self._tool_calls.get(index)
         if known is not None and known["id"] and identity and identity != known["id"]:
             # A server that gives all its calls the same index.
             index = self._moved[given] = max(self._tool_calls) + 1
+        if len(self._tool_calls) >= _MOST_CALLS and index not in self._tool_calls:
+            raise ValueError(f"over {_MOST_CALLS:,} tool calls")
         call = self._tool_calls.setdefault(index, {"id": "", "type": "function", "name": "", "arguments": []})
         function = part.get("function") or {}
         call["id"] = call["id"] or identity
         name, arguments = str(function.get("name") or ""), function.get("arguments") or ""
         if not isinstance(arguments, str):  # an object instead of its JSON
             arguments = json.dumps(arguments, ensure_ascii=False)
+        self._grow(len(name) + len(arguments))
         # Some servers repeat the whole name in every chunk, others split it.
         if name and name != call["name"]:
             call["name"] += name
@@ -293,13 +392,13 @@ class Answer:
         return bool(name or arguments)
 
     def _take_totals(self, chunk: Mapping[str, Any]) -> None:
-        self._id = self._id or str(chunk.get("id") or "")
-        self._model = str(chunk.get("model") or self._model)
+        self._id = self._id or str(chunk.get("id") or "")[:_NAME]
+        self._model = str(chunk.get("model") or self._model)[:_NAME]
         usage, timings = chunk.get("usage"), chunk.get("timings")
         if isinstance(usage, Mapping):
-            self.usage = self._usage_of_all(usage)
+            self.usage = self._usage_of_all(_numbers(usage))
         if isinstance(timings, Mapping):
-            self.timings = dict(timings)
+            self.timings = _numbers(timings)
 
     def _usage_of_all(self, usage: Mapping[str, Any]) -> dict[str, Any]:
         """The usage of a continued request as that of one that was never cut: its prompt held what was begun."""
@@ -324,7 +423,7 @@ class Answer:
 
         def count(key: str, estimate: int) -> int:
             value = usage.get(key)
-            return value if isinstance(value, int) and value >= 0 else estimate
+            return value if isinstance(value, int) and 0 <= value <= _LARGEST else estimate
 
         prompt = count("prompt_tokens", estimated_prompt)
         completion = count("completion_tokens", estimated_answer)
@@ -335,7 +434,7 @@ class Answer:
             completion_tokens=completion,
             total_tokens=prompt + completion,
             # openai 1.39, which 0.8.2 pins, does not know the field, and keeps it all the same.
-            **({"prompt_tokens_details": {"cached_tokens": cached}} if isinstance(cached, int) else {}),
+            **({"prompt_tokens_details": {"cached_tokens": cached}} if isinstance(cached, int) and cached >= 0 else {}),
         )
 
     def completion(self, model: str, usage: CompletionUsage) -> ChatCompletion:
@@ -372,6 +471,17 @@ class Answer:
                 **({"timings": self.timings} if self.timings else {}),
             }
         )
+
+
+def _numbers(told: Mapping[str, Any], deeper: int = 1) -> dict[str, Any]:
+    """The numbers in it, and in what it holds; what no server can have counted or measured is left out."""
+    kept: dict[str, Any] = {}
+    for name, value in itertools.islice(told.items(), _FIELDS):
+        if isinstance(value, Mapping) and deeper:
+            kept[name[:_NAME]] = _numbers(value, deeper - 1)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST:
+            kept[name[:_NAME]] = value
+    return kept
 
 
 def _known_reason(reason: Optional[str]) -> str:

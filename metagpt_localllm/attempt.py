@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Optional
 
 import anyio
 import httpx
 
 from metagpt_localllm import errors, events, failures, servers
-from metagpt_localllm.answer import Answer
+from metagpt_localllm.answer import Answer, OddChunk, chunk_of
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.lifecycle import Phase
+from metagpt_localllm.quoting import SECRET
 from metagpt_localllm.run import Run, request_to
 from metagpt_localllm.servers.base import Progress
 from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
-from metagpt_localllm.transport import client_for
+from metagpt_localllm.transport import Endpoint, client_for
+from metagpt_localllm.unpacking import BodyTooLarge, error_text, pieces, read_body
 from metagpt_localllm.watch import watch
 
 __all__ = ["attempt", "broken"]
 
 #: Seconds without a token after which an answer is said to stall; in scaled time at the least.
 _STALLED, _LEAST_STALLED = 10.0, 0.2
-#: Bytes of an error's body that are read.
-_MAX_ERROR_BYTES = 1 << 20
 
 
 async def attempt(run: Run, content: bytes) -> Optional[Failure]:
@@ -41,16 +40,19 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
                 "POST", endpoint.chat_url, content=content, headers=endpoint.headers, timeout=timeout
             ) as response:
                 # What may end up in an error has neither the key nor the prompt.
-                bare = httpx.Response(response.status_code, headers=response.headers, request=request_to(endpoint))
+                bare = httpx.Response(response.status_code, headers=_headers(response, endpoint), request=request_to(endpoint))
                 kind = response.headers.get("content-type", "")
                 if response.status_code != 200:
-                    failure = failures.from_response(bare, await _read(response, _MAX_ERROR_BYTES))
+                    text = await error_text(response)
+                    failure = _reread(run, failures.from_response(bare, text, endpoint.api_key), text)
                 elif "json" in kind or "html" in kind:
-                    failure = _take_whole(run, await _read(response, MAX_EVENT_BYTES), bare)
+                    failure = _take_whole(run, await read_body(response, MAX_EVENT_BYTES), bare)
                 else:
                     failure = await _take_stream(run, response, bare, scope)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            failure = failures.from_exception(error, endpoint.address, life.tokens > 0)
+            failure = failures.from_exception(error, endpoint.address, life.tokens > 0, endpoint.api_key)
+        except BodyTooLarge as error:
+            failure = broken(str(error))
         finally:
             stalls.end()
             if watcher is not None:
@@ -59,6 +61,13 @@ async def attempt(run: Run, content: bytes) -> Optional[Failure]:
         failure = run.death or life.expire(anyio.current_time())
     # What comes after the finish_reason (usage, [DONE]) is welcome, but the answer does not hang on it.
     return _end(answer, "the answer ended") if answer.finish_reason is not None else failure
+
+
+def _headers(response: httpx.Response, endpoint: Endpoint) -> list[tuple[bytes, bytes]]:
+    """Without the key, which a server may send back."""
+    key = endpoint.api_key.encode("utf-8", "replace")
+    held = len(key) >= SECRET
+    return [(name, value.replace(key, b"***") if held else value) for name, value in response.headers.raw]
 
 
 async def _watch(run: Run, scope: anyio.CancelScope) -> None:
@@ -102,23 +111,11 @@ class _TellStalls:
         self._timer.cancel()
 
 
-async def _read(response: httpx.Response, limit: int) -> str:
-    """A body as text, of at most ``limit`` bytes."""
-    body = bytearray()
-    async for portion in response.aiter_bytes():
-        body += portion
-        if len(body) > limit:
-            break
-    return bytes(body[:limit]).decode("utf-8", "replace")
-
-
 async def _take_stream(
     run: Run, response: httpx.Response, bare: httpx.Response, scope: anyio.CancelScope
 ) -> Optional[Failure]:
     life, answer, decoder = run.life, run.answer, SSEDecoder()
-    # Undecoded where possible: a decompressor costs time and may hold tokens back.
-    portions = response.aiter_bytes() if "content-encoding" in response.headers else response.aiter_raw()
-    async for portion in portions:
+    async for portion in pieces(response):
         now = anyio.current_time()
         try:
             events_data = decoder.feed(portion)
@@ -148,14 +145,15 @@ def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Opti
     """One event of a stream, or the one object of an answer that is none."""
     answer, life = run.answer, run.life
     try:
-        chunk = json.loads(data.decode("utf-8", "replace"))
-        if not isinstance(chunk, dict):
+        chunk = chunk_of(data)
+        if chunk is None:
             return None
         if chunk.get("error"):
-            return failures.from_error_body(chunk, bare.request)
+            failure = failures.from_error_body(chunk, bare.request, run.call.endpoint.api_key)
+            return _reread(run, failure, data.decode("utf-8", "replace"))
         is_token, text = answer.add(chunk)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
-        return broken(f"the stream holds something that is no chat chunk ({type(error).__name__}: {str(error)[:100]})")
+    except OddChunk as error:
+        return broken(str(error))
     if is_token:
         life.token(now)
         run.record.received(answer)
@@ -172,25 +170,30 @@ def _take_event(run: Run, data: bytes, bare: httpx.Response, now: float) -> Opti
     return None
 
 
+def _reread(run: Run, failure: Failure, text: str) -> Failure:
+    keyed = "authorization" in run.call.endpoint.headers
+    return run.server.reread(failure, text, anyio.current_time() - run.life.sent_at, keyed)
+
+
 def _progress(run: Run, progress: Progress, now: float) -> None:
     run.life.progress(progress.processed, now)
     total = progress.total or run.prompt_tokens
     events.publish(events.Prefill(run.info, progress.processed, max(progress.processed, total)))
 
 
-def _take_whole(run: Run, text: str, bare: httpx.Response) -> Optional[Failure]:
+def _take_whole(run: Run, body: bytes, bare: httpx.Response) -> Optional[Failure]:
     """A server that ignores ``stream`` and answers with one JSON object."""
-    now, head = anyio.current_time(), text.lstrip()[:5]
-    if head.startswith("<"):
+    now, head = anyio.current_time(), body.lstrip()[:5]
+    if head.startswith(b"<"):
         return Failure(
             Kind.FATAL, errors.WrongAddress, f"{bare.request.url} answers with a web page",
             "base_url must be the address of the OpenAI API; it usually ends in /v1.", "llm.base_url",
         )  # fmt: skip
-    if head in ("data:", "event"):  # a stream under a wrong name
+    if head in (b"data:", b"event"):  # a stream under a wrong name
         decoder = SSEDecoder()
-        data = [*decoder.feed(text.encode()), *decoder.close()]
+        data = [*decoder.feed(body), *decoder.close()]
     else:
-        data = [text.encode()]
+        data = [body]
     for event in data:
         if event != b"[DONE]":
             failure = _take_event(run, event, bare, now)

@@ -27,7 +27,7 @@ from metagpt_localllm.context import prepare
 from metagpt_localllm.continuing import begin, has_gained, with_limit
 from metagpt_localllm.failures import Failure, Kind
 from metagpt_localllm.journal import CallRecord
-from metagpt_localllm.lifecycle import BackOff, GiveUp, SendAgain, WaitForServer
+from metagpt_localllm.lifecycle import BackOff, GiveUp, WaitForServer
 from metagpt_localllm.run import Call, Prompt, Run
 from metagpt_localllm.servers import Identified
 from metagpt_localllm.servers.base import positive
@@ -95,69 +95,63 @@ async def _answered(run: Run) -> Outcome:
 
 
 async def _until_whole(run: Run) -> Outcome:
-    call, life = run.call, run.life
     if (await _identify(run)).hung:
-        life.spend_attempt()
-    prompt = await prepare(run)
-    if run.record.beginning is not None:
-        _take_up(run, run.record.beginning, prompt)
+        run.life.spend_attempt()
+    prompt: Optional[Prompt] = None
+    beginning = run.record.beginning
 
     while True:
+        if prompt is None and not run.server.shares:
+            prompt = await prepare(run)
         async with _turn(run):
+            if run.server.shares:  # while this call waited, another model may have taken the place of its own
+                run.server = (await servers.identify(run.call.endpoint, run.call.settings.server)).server
+                await _load(run)
+            prompt = prompt or await prepare(run)
+            if beginning is not None:
+                _take_up(run, beginning, prompt)
+                beginning = None
             failure = await _try(run, prompt)
         _learn_speed(run, prompt, failure)
         if failure is None:
             try:
                 outcome = _outcome(run, prompt)
-                break
             except (ValueError, TypeError) as error:
                 failure = broken(f"the answer is no chat completion ({type(error).__name__})")
-        failure = run.without_key(failure)
-        run.record.failed(run.answer, failure.error.__name__, failure.what, life.ttft, life.longest_gap)
-        step = life.fail(failure, anyio.current_time(), gained=has_gained(run))
-        if isinstance(step, GiveUp):
-            run.give_up(step.failure)
-        run.alone = run.alone or failure.alone
-        if isinstance(step, BackOff):
-            run.tell_retry(failure, failure.what, step.delay)
-            await anyio.sleep(step.delay)
-        elif isinstance(step, WaitForServer):
-            run.tell_wait(failure.what, step.until - anyio.current_time(), loading=failure.kind is Kind.LOADING)
-            if not await servers.wait_until_up(call.endpoint, step.until, step.pause):
-                run.give_up(life.waited_in_vain(failure, anyio.current_time()).failure)
-            servers.forget(call.endpoint, restarted=True)
-            run.history.forget_prompts()
-            await _identify(run)
-            prompt = await prepare(run)
-        elif isinstance(step, SendAgain):
-            what = f"{failure.what}. {failure.remedy}".rstrip(". ")
-            run.tell_retry(failure, what, 0.0)
-            if failure.kind is Kind.STRICT:
-                servers.mark_strict(call.endpoint)
-            elif failure.kind is not Kind.CONTINUATION:
-                servers.forget(call.endpoint)
-            await _identify(run)
-            if failure.kind in (Kind.OVERFLOW, Kind.TRUNCATED):
-                learn(run, failure, prompt)
-            prompt = await prepare(run)
+            else:
+                _record(run, prompt, outcome.usage)
+                return outcome
+        prompt = await _after(run, prompt, run.without_key(failure))
 
-    life.whole()
-    run.show("\n")
-    if not run.answer.begun_tokens:
-        learn_count(run, prompt)
-    usage = outcome.usage
-    answer = run.answer
-    run.record.done(
-        answer, usage.model_dump(), run.trims, saved=run.saved, ttft=life.ttft, longest_gap=life.longest_gap,
-        timings=answer.timings or {}, cached=run.timings().cached_tokens, queued=life.waited,
-    )  # fmt: skip
-    events.publish(
-        events.Done(
-            run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(answer.finish_reason),
-            life.ttft, life.longest_gap, anyio.current_time() - life.started, _cut_by(run, prompt, usage), prompt.changed,
-        )
-    )  # fmt: skip
-    return outcome
+
+async def _after(run: Run, prompt: Prompt, failure: Failure) -> Optional[Prompt]:
+    """What follows a failed attempt: a pause, a wait for the server, or at once the next; its prompt, or None for a new one."""
+    call, life, answer = run.call, run.life, run.answer
+    run.record.failed(answer, failure.error.__name__, failure.what, life.ttft, life.longest_gap)
+    step = life.fail(failure, anyio.current_time(), gained=has_gained(run))
+    run.alone = run.alone or failure.alone
+    if isinstance(step, GiveUp):
+        run.give_up(step.failure)
+    if isinstance(step, BackOff):
+        run.tell_retry(failure, failure.what, step.delay)
+        await anyio.sleep(step.delay)
+        return prompt
+    if isinstance(step, WaitForServer):
+        run.tell_wait(failure.what, step.until - anyio.current_time(), loading=failure.kind is Kind.LOADING)
+        if not await servers.wait_until_up(call.endpoint, step.until, step.pause):
+            run.give_up(life.waited_in_vain(failure, anyio.current_time()).failure)
+        servers.forget(call.endpoint, restarted=True)
+        run.history.forget_prompts()
+    else:
+        run.tell_retry(failure, f"{failure.what}. {failure.remedy}".rstrip(". "), 0.0)
+        if failure.kind is Kind.STRICT:
+            servers.mark_strict(call.endpoint)
+        elif failure.kind is not Kind.CONTINUATION:
+            servers.forget(call.endpoint)
+    await _identify(run)
+    if failure.kind in (Kind.OVERFLOW, Kind.TRUNCATED):
+        learn(run, failure, prompt)
+    return None
 
 
 async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
@@ -193,6 +187,25 @@ async def _try(run: Run, prompt: Prompt) -> Optional[Failure]:
     return failure
 
 
+def _record(run: Run, prompt: Prompt, usage: CompletionUsage) -> None:
+    """The answer is whole: that is written down, told, and learned from."""
+    life, answer = run.life, run.answer
+    life.whole()
+    run.show("\n")
+    if not answer.begun_tokens:
+        learn_count(run, prompt)
+    run.record.done(
+        answer, usage.model_dump(), run.trims, saved=run.saved, ttft=life.ttft, longest_gap=life.longest_gap,
+        timings=answer.timings or {}, cached=run.timings().cached_tokens, queued=life.waited,
+    )  # fmt: skip
+    events.publish(
+        events.Done(
+            run.info, life.attempt, usage.prompt_tokens, usage.completion_tokens, str(answer.finish_reason),
+            life.ttft, life.longest_gap, anyio.current_time() - life.started, _cut_by(run, prompt, usage), prompt.changed,
+        )
+    )  # fmt: skip
+
+
 def _replay(run: Run, left: CallRecord) -> Outcome:
     """The answer that an earlier run got for this very request."""
     run.answer = Answer.of_record(left.answer or {})
@@ -221,15 +234,21 @@ async def _identify(run: Run) -> Identified:
     call = run.call
     identified = await servers.identify(call.endpoint, call.settings.server)
     run.server = identified.server
-    if run.server.facts.loaded is False:
+    if run.server.facts.loaded is False and not run.server.shares:
         async with _turn(run):  # one call loads it for all that begin together
             run.server = (await servers.identify(call.endpoint, call.settings.server)).server
-            if run.server.facts.loaded is False:
-                limit = run.deadlines.total
-                run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
-                await servers.load(run.server, call.endpoint, limit)
-                run.server = (await servers.identify(call.endpoint, call.settings.server)).server
+            await _load(run)
     return identified
+
+
+async def _load(run: Run) -> None:
+    """Lets the server load the model where it says that it has not, which counts against no deadline of the answer."""
+    call = run.call
+    if run.server.facts.loaded is False:
+        limit = run.deadlines.total
+        run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
+        await servers.load(run.server, call.endpoint, limit)
+        run.server = (await servers.identify(call.endpoint, call.settings.server)).server
 
 
 @contextlib.asynccontextmanager
@@ -292,7 +311,9 @@ def _learn_speed(run: Run, prompt: Prompt, failure: Optional[Failure]) -> None:
 
 def _outcome(run: Run, prompt: Prompt) -> Outcome:
     answer = run.answer
-    usage = answer.completion_usage(prompt.tokens, estimate_text(answer.content) + estimate_text(answer.reasoning))
+    told = (answer.usage or {}).get("completion_tokens")
+    estimated = 0 if isinstance(told, int) and told >= 0 else estimate_text(answer.content) + estimate_text(answer.reasoning)
+    usage = answer.completion_usage(prompt.tokens, estimated)
     return replace(_outcome_of(answer, run.call.endpoint.model, usage), trims=run.trims)
 
 

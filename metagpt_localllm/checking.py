@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
 import httpx
-import yaml
 from pydantic import ValidationError, create_model, model_validator
 
+from metagpt_localllm.config_file import ConfigFileError, content_of
 from metagpt_localllm.installation import METAGPT_KEYS, Check
+from metagpt_localllm.quoting import quoted
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
 from metagpt_localllm.settings import LocalSettings, refuse_misplaced
-from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.transport import Endpoint, is_address
 
 __all__ = [
-    "NOT_OURS", "NO_LIST", "ConfigError", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks", "our_blocks",
-    "read_config", "see",
+    "NOT_OURS", "NO_LIST", "Seen", "Trouble", "check_config", "config_problems", "endpoint_of", "is_listed", "llm_blocks",
+    "nearest", "our_blocks", "see",
 ]  # fmt: skip
 
 #: The problem of a configuration that does not use this package at all.
@@ -33,36 +34,18 @@ NOT_OURS = "nothing in it has api_type: local_llm, so MetaGPT uses its own provi
 NO_LIST = "there is no list of models at <base_url>/models; if that is meant to be so, set llm.local.server: plain"
 #: Seconds for the list of models.
 _LIMIT = 5.0
-
-
-class ConfigError(ValueError):
-    """A config2.yaml that is not there, or cannot be read; its text says what to do."""
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The file's content.
-
-    Raises:
-        ConfigError: not there, not readable, no YAML, or no mapping.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: create it; the README has the four lines that it needs") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        hint = "\nYAML takes no tabs: indent with blanks" if "\\t" in str(error) else ""
-        raise ConfigError(f"{path} cannot be read: {error}{hint}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: there is no block 'llm'")
-    return loaded
+#: Models of a list that are looked at, and characters of a name.
+_NAMES, _NAME = 1000, 200
 
 
 def check_config(path: Path, offline: bool) -> list[Check]:
     """The file, and the servers that it names unless ``offline``."""
     try:
-        loaded = read_config(path)
-    except ConfigError as error:
+        loaded = content_of(path)
+    except ConfigFileError as error:
         return [Check(False, str(error))]
+    if loaded is None:
+        return [Check(False, f"{path} does not exist: create it; the README has the four lines that it needs")]
     if not isinstance(loaded.get("llm"), dict):
         return [Check(False, f"{path}: there is no block 'llm'")]
     problems = config_problems(loaded)
@@ -70,10 +53,10 @@ def check_config(path: Path, offline: bool) -> list[Check]:
         return [Check(False, f"{path}:"), *(Check(False, problem) for problem in problems)]
     checks = [Check(True, str(path))]
     if not offline:
-        for _, block in our_blocks(loaded):
+        for where, block in our_blocks(loaded):
             server = (block.get("local") or {}).get("server", "auto")
             seen = asyncio.run(see(endpoint_of(block), server))
-            checks.append(Check(seen.trouble is None, str(seen)))
+            checks.append(Check(seen.trouble is None, seen.sentence(where)))
     return checks
 
 
@@ -87,9 +70,9 @@ def config_problems(loaded: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         for problem in error.errors():
             message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{'.'.join(map(str, problem['loc']))}: {message}")
+            problems.append(f"{_short('.'.join(map(str, problem['loc'])))}: {message}")
     for where, block in llm_blocks(loaded):
-        problems.extend(f"{where}.{problem}" for problem in _block_problems(block))
+        problems.extend(f"{_short(where)}.{problem}" for problem in _block_problems(block))
     if not problems and not our_blocks(loaded):
         problems.append(NOT_OURS)
     return problems
@@ -122,7 +105,7 @@ class Trouble(enum.Enum):
 
 @dataclass(frozen=True)
 class Seen:
-    """A server as it was found; as text it is one sentence for people.
+    """A server as it was found.
 
     Attributes:
         server: what it is; UNKNOWN where there is trouble with it.
@@ -140,22 +123,23 @@ class Seen:
     @property
     def near(self) -> list[str]:
         """The models that it has whose names are most like the one that was asked for."""
-        return difflib.get_close_matches(self.endpoint.model, self.names, n=3, cutoff=0.0)
+        return nearest(self.endpoint.model, self.names)
 
-    def __str__(self) -> str:
-        where, model, facts = f"llm.base_url {self.endpoint.address}", self.endpoint.model, self.server.facts
+    def sentence(self, about: str) -> str:
+        """For people; ``about``: path of the block that names the server, such as ``llm``."""
+        where, model, facts = f"{about}.base_url {self.endpoint.address}", self.endpoint.model, self.server.facts
         if self.trouble is Trouble.NO_SERVER:
             return f"{where}: no server there ({self.reason}). Is it started, and is the address right?"
         if self.trouble is Trouble.NO_MODEL_SERVER:
             return f"{where}: something answers there, but not as a model server does ({self.reason})"
         if self.trouble is Trouble.NEEDS_KEY:
-            return f"{where}: it refuses the API key, or wants one (llm.api_key)"
+            return f"{where}: it refuses the API key, or wants one ({about}.api_key)"
         if self.trouble is Trouble.LOADING:
             return f"{where}: it is loading its model; try again when it is done"
         if self.trouble is Trouble.NO_SUCH_MODEL:
-            return f"{where}: it lists no model '{model}', but {', '.join(self.near)} (llm.model)"
+            return f"{where}: it lists no model '{model}', but {', '.join(map(quoted, self.near))} ({about}.model)"
         window = f", context {facts.window:,} tokens" if facts.window else ", context unknown"
-        hint = "" if facts.window else ": set llm.local.context.window to what is loaded"
+        hint = "" if facts.window else f": set {about}.local.context.window to what is loaded"
         return f"{where}: {self.server.name}, model {model}{window}{hint}"
 
 
@@ -173,7 +157,7 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         return Seen(endpoint, trouble=Trouble.LOADING)
     except Unanswered as error:
         trouble = Trouble.NEEDS_KEY if str(error) in ("401", "403") else Trouble.NO_MODEL_SERVER
-        return Seen(endpoint, trouble=trouble, reason=f"status {error}")
+        return Seen(endpoint, trouble=trouble, reason=f"status {error}" if str(error).isdigit() else str(error))
     except asyncio.TimeoutError:
         reason = f"no answer within {limit:g} s"
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
@@ -186,7 +170,8 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
     # Some kinds are known by what they answer beside the API: that does not show that the API is at this address.
     if listing is None and server.lists and named != Server.name:
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=NO_LIST)
-    names = tuple(str(entry.get("id")) for entry in entries(listing, "data"))
+    # That many, and of that length, are shown and compared.
+    names = tuple(str(entry.get("id"))[:_NAME] for entry in entries(listing, "data")[:_NAMES])
     missing = names and not is_listed(endpoint.model, names)
     return Seen(endpoint, server, names, Trouble.NO_SUCH_MODEL if missing else None)
 
@@ -194,6 +179,11 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
 def is_listed(model: str, names: Sequence[str]) -> bool:
     """Whether a server that lists these has the model. Ollama takes a name without its tag for ``:latest``."""
     return model in names or f"{model}:latest" in names
+
+
+def nearest(model: str, names: Sequence[str]) -> list[str]:
+    """Up to three of the names, those first that are most like the model's."""
+    return difflib.get_close_matches(model, names, n=3, cutoff=0.0)
 
 
 def _shape() -> Any:
@@ -219,19 +209,23 @@ def _shape() -> Any:
 
 
 def llm_blocks(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every block that sets up a model, with its path."""
+    """Every block that sets up a model, with its path; what has not the form of one is left out."""
+    models, roles = config.get("models"), config.get("roles")
     blocks: list[tuple[str, Any]] = [("llm", config.get("llm"))]
-    blocks += [(f"models.{name}", block) for name, block in (config.get("models") or {}).items()]
-    blocks += [
-        (f"roles.{index}.llm", role.get("llm"))
-        for index, role in enumerate(config.get("roles") or [])
-        if isinstance(role, dict)
-    ]
+    if isinstance(models, dict):
+        blocks += [(f"models.{name}", block) for name, block in models.items()]
+    if isinstance(roles, list):
+        blocks += [(f"roles.{index}.llm", role.get("llm")) for index, role in enumerate(roles) if isinstance(role, dict)]
     return [(where, block) for where, block in blocks if isinstance(block, dict)]
 
 
+def _short(value: Any) -> str:
+    """In one short line."""
+    return quoted(str(value)[:_NAME])
+
+
 def _block_problems(block: dict[str, Any]) -> list[str]:
-    kind = str(block.get("api_type", ""))
+    kind = _short(block.get("api_type", ""))
     if kind != "local_llm":
         if difflib.get_close_matches(kind, ["local_llm"], cutoff=0.7):
             return [f"api_type: there is no '{kind}'; did you mean 'local_llm'?"]
@@ -239,8 +233,8 @@ def _block_problems(block: dict[str, Any]) -> list[str]:
     problems = []
     if not block.get("base_url"):
         problems.append("base_url is missing: it is the server's address, such as http://localhost:1234/v1")
-    elif not str(block["base_url"]).startswith(("http://", "https://")):
-        problems.append(f"base_url: {block['base_url']} is no address of the form http://host:port/v1")
+    elif not is_address(str(block["base_url"]), "http", "https"):
+        problems.append(f"base_url: {_short(block['base_url'])} is no address of the form http://host:port/v1")
     elif str(block["base_url"]).rstrip("/").endswith("/chat/completions"):
         problems.append("base_url ends in /chat/completions: leave that off")
     if not block.get("model"):

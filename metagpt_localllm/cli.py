@@ -1,4 +1,4 @@
-"""The command ``metagpt-localllm``: a demonstration, the simulated server, and a check of the installation.
+"""The command ``metagpt-localllm``. ``demo``, ``simulate`` and ``check`` are here, each other command in the module of its name.
 
 It must work where MetaGPT is missing or broken, to say so. Hence click rather than typer, whose old
 version pinned by MetaGPT breaks on new releases of click, and hence the imports inside of functions.
@@ -14,12 +14,12 @@ import click
 
 from metagpt_localllm.doctor import doctor
 from metagpt_localllm.init import init
-from metagpt_localllm.installation import METAGPT_KEYS, installed_version, metagpt_problems
+from metagpt_localllm.installation import installed_version, metagpt_problems
 from metagpt_localllm.report import report
 from metagpt_localllm.runs import runs
 from metagpt_localllm.stats import stats
 
-__all__ = ["METAGPT_KEYS", "main"]
+__all__ = ["main"]
 
 
 def _show_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

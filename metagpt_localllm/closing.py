@@ -9,7 +9,7 @@ import atexit
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Iterator, Optional, Sequence, Union
+from typing import Iterator, Optional, Sequence, Union, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from metagpt_localllm import events, session
 from metagpt_localllm.errors import LocalLLMError
+from metagpt_localllm.wording import counted, duration
 
 __all__ = ["Ending", "broke_off", "panel", "watch_for_failures"]
 
@@ -27,6 +28,7 @@ _WIDTH = 100
 _MOST = 8
 
 Tried = Union[events.Retry, events.Waiting, events.Loading, events.Continued]
+_TRIED = get_args(Tried)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class _Seen:
     error: Optional[BaseException] = None
 
     def take(self, event: events.Event) -> None:
-        if isinstance(event, (events.Retry, events.Waiting, events.Loading, events.Continued)):
+        if isinstance(event, _TRIED):
             self.tried.setdefault(event.call.number, []).append(event)
         elif isinstance(event, (events.Done, events.Replayed)):
             self.tried.pop(event.call.number, None)
@@ -79,9 +81,7 @@ def watch_for_failures() -> None:
     if _watching or not session.command_line().repeatable:
         return
     _watching = True
-    events.subscribe(
-        _seen.take, events.Retry, events.Waiting, events.Loading, events.Continued, events.Done, events.Replayed, events.Failed
-    )
+    events.subscribe(_seen.take, *_TRIED, events.Done, events.Replayed, events.Failed)
     atexit.register(_at_the_end, os.getpid())
 
 
@@ -132,8 +132,8 @@ def panel(ending: Ending) -> Panel:
     if failed is not None and not ending.interrupted:
         title = f"{failed.call.caller} got no answer"
         lines += _part("What failed", [f"{_sentence(failed.what)} ({failed.cause}, tier '{failed.call.tier}')"])
-        lines += _part("What was tried", [*_tried(ending.tried), f"In all {_duration(failed.elapsed)}, "
-                                          f"{_count(failed.attempts, 'attempt')}."])  # fmt: skip
+        lines += _part("What was tried", [*_tried(ending.tried), f"In all {duration(failed.elapsed)}, "
+                                          f"{counted(failed.attempts, 'attempt')}."])  # fmt: skip
         change = [f"{failed.setting} in config2.yaml. {failed.remedy}".strip()] if failed.setting else [failed.remedy]
         lines += _part("What to change", [*filter(None, change), "metagpt-localllm doctor looks for what holds this machine back."])
     elif ending.interrupted:
@@ -160,7 +160,7 @@ def _how_to_go_on(ending: Ending) -> list[str]:
     return [
         "Start the same command again in the same folder, or run",
         f"metagpt-localllm runs resume {ending.run}",
-        f"{_count(ending.kept, 'answer')} of this run {'are' if ending.kept > 1 else 'is'} kept and will not be computed again.",
+        f"{counted(ending.kept, 'answer of this run is', 'answers of this run are')} kept and will not be computed again.",
     ]
 
 
@@ -170,7 +170,7 @@ def _tried(tried: Sequence[Tried]) -> list[str]:
         if isinstance(event, events.Retry):
             lines.append(f"Attempt {event.attempt}: {_sentence(event.detail)}")
         elif isinstance(event, events.Continued):
-            lines.append(f"Attempt {event.attempt} went on with the {event.tokens:,} tokens that there were.")
+            lines.append(f"Attempt {event.attempt} went on with what there was: {counted(event.tokens, 'token')}.")
         else:
             lines.append(f"{_sentence(event.cause)} It was waited for.")
     if len(lines) > _MOST:
@@ -186,14 +186,3 @@ def _part(title: str, lines: Sequence[str]) -> list[RenderableType]:
 def _sentence(text: str) -> str:
     text = " ".join(text.split()).rstrip(".")
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

@@ -13,13 +13,13 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from metagpt_localllm.config_text import KeyPath, YamlProblem, parsed, with_values
-from metagpt_localllm.whole_file import fill, own, replace_file
+from metagpt_localllm.whole_file import copy_owner_and_mode, replace_file, write_and_close
 
 __all__ = [
-    "Change", "ConfigFileError", "apply", "config_files", "located", "propose", "propose_values", "read", "set_values",
+    "ConfigFileError", "FileChange", "apply", "config_files", "content_of", "propose", "propose_values", "read", "set_values",
     "user_config",
 ]  # fmt: skip
 
@@ -37,7 +37,7 @@ class ConfigFileError(Exception):
 
 
 @dataclass(frozen=True)
-class Change:
+class FileChange:
     """What becomes of a file.
 
     Attributes:
@@ -110,12 +110,25 @@ def read(path: Path) -> Optional[str]:
         raise ConfigFileError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def set_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
+def content_of(path: Path) -> Optional[dict[Any, Any]]:
+    """What is in the file; None where there is no file.
+
+    Raises:
+        ConfigFileError: it cannot be read, or does not parse.
+    """
+    text = read(path)
+    if text is None:
+        return None
+    with _located(path):
+        return parsed(text)
+
+
+def set_values(path: Path, values: Mapping[KeyPath, Any]) -> FileChange:
     """Sets values in a file; :func:`propose_values` and :func:`apply` in one."""
     return apply(propose_values(path, values))
 
 
-def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
+def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> FileChange:
     """The change that sets ``values`` (path of the key → value) and leaves every other byte; nothing is written.
 
     Paths and values are those of :func:`metagpt_localllm.config_text.with_values`; a file that is not there is begun.
@@ -124,32 +137,28 @@ def propose_values(path: Path, values: Mapping[KeyPath, Any]) -> Change:
         ConfigFileError: the file does not parse, or the result has a mistake that was not there before.
     """
     before = read(path)
-    try:
+    with _located(path):
         return propose(path, with_values(before or "", values))
-    except YamlProblem as problem:
-        raise ConfigFileError(located(path, problem)) from None
 
 
-def propose(path: Path, text: str) -> Change:
+def propose(path: Path, text: str) -> FileChange:
     """The change that gives the file this text; nothing is written.
 
     Raises:
         ConfigFileError: the file cannot be read, or the text has a mistake that was not there before.
     """
     before = read(path)
-    try:
+    with _located(path):
         wrong = _problems(parsed(text))
-    except YamlProblem as problem:
-        raise ConfigFileError(located(path, problem)) from None
     with contextlib.suppress(YamlProblem):
         known = _problems(parsed(before)) if before and wrong else []
         wrong = [problem for problem in wrong if problem not in known]
     if wrong:
         raise ConfigFileError("\n".join([f"{path} is left as it is, since it would not be valid:", *wrong]))
-    return Change(path, before, text)
+    return FileChange(path, before, text)
 
 
-def apply(change: Change) -> Change:
+def apply(change: FileChange) -> FileChange:
     """Writes the change, unless it changes nothing; the file is at no time there by half.
 
     Its mode stays; a new one, which may hold an API key, is for its owner only (0600). What was there is kept beside
@@ -184,8 +193,8 @@ def _copy(path: Path, content: bytes, like: os.stat_result) -> Path:
         backup = path.with_name(name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            fill(descriptor, content)
-            own(backup, like)
+            write_and_close(descriptor, content)
+            copy_owner_and_mode(backup, like)
             return backup
     raise FileExistsError(f"there are too many copies named {name}")
 
@@ -194,10 +203,14 @@ def _hidden(text: str) -> str:
     return _SECRET.sub(lambda found: f"{found['name']}***", text)
 
 
-def located(path: Path, problem: YamlProblem) -> str:
-    """What is wrong with a file, and where in it."""
-    where = f"{path}, line {problem.line}" if problem.line else str(path)
-    return f"{where}: {problem.reason}"
+@contextlib.contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """What is wrong with the text of a file is told with the file and the line."""
+    try:
+        yield
+    except YamlProblem as problem:
+        where = f"{path}, line {problem.line}" if problem.line else str(path)
+        raise ConfigFileError(f"{where}: {problem.reason}") from None
 
 
 def _problems(content: dict[Any, Any]) -> list[str]:

@@ -21,6 +21,10 @@ KeyPath = Union[str, Tuple[Union[str, int], ...]]
 _Steps = Tuple[Union[str, int], ...]
 
 
+#: Values of a configuration, and how deep they may be in one another.
+_LARGEST, _DEEPEST = 100_000, 100
+
+
 class YamlProblem(ValueError):
     """A text that is no YAML, or in which a value cannot be set.
 
@@ -38,7 +42,7 @@ def key_path(path: KeyPath) -> _Steps:
     """The steps of a path; a step of digits is an index."""
     if not isinstance(path, str):
         return tuple(path)
-    return tuple(int(step) if step.isdigit() else step for step in path.split("."))
+    return tuple(int(step) if step.isdecimal() else step for step in path.split("."))
 
 
 def parsed(text: str) -> dict[Any, Any]:
@@ -56,13 +60,28 @@ def parsed(text: str) -> dict[Any, Any]:
         raise YamlProblem(f"{reason}{hint}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise YamlProblem(" ".join(str(error).split())) from None
-    except (ValueError, RecursionError) as error:  # a date that is none, a list in a list in a list …
-        raise YamlProblem(str(error)) from None
+    except Exception as error:  # PyYAML lets any through: a date that is none, !!bool of a number, a list in a list in a list …
+        raise YamlProblem(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
     if loaded is None:
         return {}
+    if _size(loaded, 0) > _LARGEST:
+        raise YamlProblem("its aliases make more of it than any configuration is")
     if not isinstance(loaded, dict):
         raise YamlProblem("it is no list of settings of the form 'key: value'")
     return loaded
+
+
+def _size(value: Any, depth: int) -> int:
+    """How many values there are, those of aliases wherever they stand; what is over _LARGEST is not counted to its end."""
+    if depth > _DEEPEST:
+        return _LARGEST + 1
+    size = 1
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            size += _size(item, depth + 1)
+            if size > _LARGEST:
+                break
+    return size
 
 
 def with_values(text: str, values: Mapping[KeyPath, Any]) -> str:
@@ -185,11 +204,12 @@ class _Place:
         text, start, end = self.text, node.start_mark.index, _end(self.text, node)
         lines_wanted = not self.flow and _has_lines(value)
         if isinstance(node, CollectionNode) and not node.flow_style and not self.flow:
-            same = isinstance(node, SequenceNode) == isinstance(value, list)
-            column = node.start_mark.column if same else self.column + 2
-            lines = _lines(value, column) if lines_wanted else [" " * (self.column + 2) + _flow(value)]
             line = text.rfind("\n", 0, start) + 1
-            before = text[:line] if not text[line:start].strip() else text[:start]
+            behind_dash = bool(text[line:start].strip())
+            same = isinstance(node, SequenceNode) == isinstance(value, list)
+            column = node.start_mark.column if same or behind_dash else self.column + 2
+            lines = _lines(value, column) if lines_wanted else [" " * (self.column + 2) + _flow(value)]
+            before = text[:start] if behind_dash else text[:line]
             new = _newline(text).join(lines)
             return before + (new if before.endswith("\n") or not before else new.lstrip(" ")) + text[end:]
         if isinstance(node, ScalarNode) and node.style in ("|", ">"):

@@ -53,7 +53,7 @@ async def begin(run: Run) -> Union[Begun, Failure, None]:
     try:
         request = await servers.continuation(server, endpoint, _body(run), text, tokens)
     except httpx.TransportError as error:
-        return failures.from_exception(error, endpoint.address, False)
+        return failures.from_exception(error, endpoint.address, False, endpoint.api_key)
     except servers.Loading:
         return Failure(
             Kind.LOADING, errors.ServerUnavailable, "the server is loading the model", "Give it more time to load.",

@@ -9,6 +9,7 @@ import site
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any, Optional
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from metagpt_localllm._demo_view import DemoView
 from metagpt_localllm.phases import clock
 from metagpt_localllm.simulator import Machine, Simulator, SimulatorThread, parse_fault
 from metagpt_localllm.simulator.answers import FILES
+from metagpt_localllm.statistics import TIMEOUTS
 
 __all__ = ["DemoOptions", "run_demo"]
 
@@ -105,9 +108,11 @@ def run_demo(options: DemoOptions) -> int:
         project = _Project.read(folder / "workspace")
         finished = status == 0 and project.finished
         console.print(_table(options.provider, simulator, events, elapsed, scale, project, finished))
+    log = escape(str(log_file))
     if finished:
-        console.print(f"The project ({project.files} files) is in {project.folder}; MetaGPT's output in {log_file}.")
-        console.print(f"Run it: [bold]{sys.executable} {project.main} --delay 0.02[/]", soft_wrap=True)
+        console.print(f"The project ({project.files} files) is in {escape(str(project.folder))}; MetaGPT's output in {log}.")
+        run_it = escape(f"{sys.executable} {project.main} --delay 0.02")
+        console.print(f"Run it: [bold]{run_it}[/]", soft_wrap=True)
         return 0
     if status is None:
         how = f"was ended after {options.limit:g} s"
@@ -115,7 +120,7 @@ def run_demo(options: DemoOptions) -> int:
         how = f"failed (exit status {status})"
     else:
         how = "broke off (MetaGPT swallows the error and exits with 0)"
-    console.print(f"[red]The run {how}; no finished project.[/] Its last words, from {log_file}:")
+    console.print(f"[red]The run {how}; no finished project.[/] Its last words, from {log}:")
     for line in _last_words(log_file):
         console.print(f"  {line}", markup=False, highlight=False)
     return 1
@@ -227,15 +232,12 @@ def _table(
     project: _Project, finished: bool,
 ) -> Table:  # fmt: skip
     stats = simulator.stats
-    kinds = [event["event"] for event in events]
-    retries = [event for event in events if event["event"] == "Retry"]
-    sent = [event for event in events if event["event"] == "Sent"]
-    done = [event for event in events if event["event"] == "Done"]
-    timeouts = ("FirstTokenTimeout", "StreamStalled", "TotalTimeout")
-    replayed = [event for event in events if event["event"] == "Replayed"]
-    continued = [event for event in events if event["event"] == "Continued"]
-    answered = kinds.count("Done") + len(replayed)
-    trimmed = [event for event in events if event["event"] == "Trimmed"]
+    of_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        of_kind[event["event"]].append(event)
+    retries, sent, done, trimmed = (of_kind[kind] for kind in ("Retry", "Sent", "Done", "Trimmed"))
+    replayed, continued = of_kind["Replayed"], of_kind["Continued"]
+    answered = len(done) + len(replayed)
     table = Table(title=f"What happened with {provider}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -249,12 +251,12 @@ def _table(
         rows.append(("  no valid Python", ", ".join(project.broken)))
     if provider != "openai":
         rows += [
-            ("calls answered", f"{answered} of {answered + kinds.count('Failed')}"),
+            ("calls answered", f"{answered} of {answered + len(of_kind['Failed'])}"),
             ("  of these by an earlier run", f"{len(replayed)}: {sum(event['tokens'] for event in replayed):,} tokens saved"),
             ("answers gone on with", f"{len(continued)}: {sum(event['tokens'] for event in continued):,} tokens saved"),
             ("retries", f"{len(retries)}"),
-            ("  of these after a timeout", f"{sum(r['cause'] in timeouts for r in retries)}"),
-            ("waits for the server", f"{kinds.count('Waiting') + kinds.count('Loading')}"),
+            ("  of these after a timeout", f"{sum(event['cause'] in TIMEOUTS for event in retries)}"),
+            ("waits for the server", f"{len(of_kind['Waiting']) + len(of_kind['Loading'])}"),
             *_against("first token", "ttft", "first_token", done, sent, scale),
             *_against("gap between tokens", "longest_gap", "stall", done, sent, scale),
             *_against("whole answer", "elapsed", "total", done, sent, scale),

@@ -12,7 +12,7 @@
     ├─ ServerUnresponsive         (openai.APIConnectionError)  it takes connections and answers nothing, not even how it is
     ├─ RequestLost                (openai.APIConnectionError)  it works on nothing while we wait
     ├─ IncompleteStream           (openai.APIConnectionError)  the stream ended without a finish_reason
-    ├─ ServerFailed               (openai.InternalServerError) 408, 409, 425, 429, 5xx, or an error inside the stream
+    ├─ ServerFailed               (openai.InternalServerError) 408, 409, 425, 429, 5xx, an error inside the stream, or an odd packing
     ├─ ContextOverflow            (openai.BadRequestError)     the prompt cannot be made to fit the context window
     ├─ ModelNotFound              (openai.NotFoundError)       the server does not know the model
     ├─ WrongAddress               (openai.NotFoundError)       there is no chat API at base_url
@@ -158,7 +158,7 @@ class _StatusError(LocalLLMError):
 
 
 class ServerFailed(_StatusError, openai.InternalServerError):
-    """The server answered 408, 409, 425, 429 or 5xx, or sent an error inside the stream."""
+    """The server answered 408, 409, 425, 429 or 5xx, sent an error inside the stream, or packed its answer as br or zstd."""
 
 
 class ContextOverflow(_StatusError, openai.BadRequestError):  # type: ignore[misc]

@@ -7,6 +7,7 @@ documentation and issues, llama-cpp-python 0.3.36, transformers 5.23, mlx-lm 0.3
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import re
 import socket
@@ -18,6 +19,8 @@ from typing import Any, Mapping, Optional
 import httpx
 
 from metagpt_localllm import errors
+from metagpt_localllm.quoting import quoted
+from metagpt_localllm.unpacking import UnknownPacking
 
 __all__ = ["Failure", "Kind", "from_error_body", "from_exception", "from_response"]
 
@@ -70,7 +73,7 @@ _OVERFLOW = re.compile(
     r"exceed_context_size_error|context_length_exceeded|exceeds the available context size|maximum context length"
     r"|longer than the context length|tokens to keep from the initial prompt|Trying to keep the first"
     r"|too big compared to KV size|exceed context window|reached context length|does not fit in context length"
-    r"|context size has been exceeded",
+    r"|context size has been exceeded|ContextWindowExceededError",
     re.IGNORECASE,
 )
 _WINDOW = re.compile(
@@ -88,24 +91,34 @@ _UNKNOWN_FIELD = re.compile(
     r"|(?:stream_options|return_progress)\W.{0,40}(?:not|un)\w* ?(?:support|allow|permit|known|recogni)",
     re.IGNORECASE,
 )
-_NO_MODEL = re.compile(r"model\b.{0,80}(?:not found|does not exist|not loaded|no models? loaded)|no models loaded", re.I)
+_NO_MODEL = re.compile(r"model\b.{0,80}(?:not found|does not exist|not loaded|no models? loaded)|no models loaded|invalid model name", re.I)
 _LOADING = re.compile(r"loading model|model is loading|unavailable_error|still loading", re.IGNORECASE)
 #: LM Studio says these with a 400.
 _GONE = re.compile(r"model is unloaded|model (?:has )?crashed", re.IGNORECASE)
 _NO_ACCESS = re.compile(r"authentication_error|invalid_api_key|invalid api key", re.IGNORECASE)
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 499})
-#: Characters of a server's own words that are quoted.
-_QUOTED = 300
+#: Characters of a server's body that are looked at.
+_READ = 1 << 18
+#: Complaints of a list that are quoted.
+_COMPLAINTS = 10
+#: Nothing that a server counts is larger; a number with thousands of digits cannot even be read.
+_DIGITS = 12
 
 
-def from_response(response: httpx.Response, text: str) -> Failure:
-    """Classifies an answer whose status is not 200. ``text`` is its body."""
-    status = response.status_code
-    said = _said(text)
+def from_response(response: httpx.Response, text: str, key: str = "") -> Failure:
+    """Classifies an answer whose status is not 200.
+
+    Args:
+        text: its body, of any shape; one short line of it is quoted.
+        key: the API key, which is struck out of that before it is cut.
+    """
+    status, text = response.status_code, text[:_READ]
+    said = _said(text, key)
     what = f"the server answered {status}" + (f": {said}" if said else "")
     if 300 <= status < 400:
         return Failure(
-            Kind.FATAL, errors.RequestRejected, f"the address redirects to {response.headers.get('location', 'nowhere')}",
+            Kind.FATAL, errors.RequestRejected,
+            f"the address redirects to {quoted(response.headers.get('location', ''), key) or 'nowhere'}",
             "Write the address where it ends.", "llm.base_url", response=response,
         )  # fmt: skip
     if "html" in response.headers.get("content-type", "") or text.lstrip()[:1] == "<":
@@ -141,11 +154,10 @@ def from_response(response: httpx.Response, text: str) -> Failure:
             Kind.TRANSIENT, errors.ServerFailed, what, remedy, "llm.local.retry.attempts",
             retry_after=_retry_after(response.headers), response=response, alone=shared_kv_full,
         )  # fmt: skip
-    if status in (401, 403):
-        return Failure(
-            Kind.FATAL, errors.AccessDenied, what, "Set the key that the server expects.", "llm.api_key",
-            response=response,
-        )  # fmt: skip
+    litellm = "no_db_connection" in text  # its word for a key that is not its master_key
+    if status in (401, 403) or litellm:
+        remedy = "Set LiteLLM's master_key." if litellm else "Set the key that the server expects."
+        return Failure(Kind.FATAL, errors.AccessDenied, what, remedy, "llm.api_key", response=response)
     if status == 404 and not _NO_MODEL.search(text) and "model" not in said.lower():
         path = str(response.request.url)
         remedy = "There is no chat API at this address; most servers want base_url to end in /v1."
@@ -160,26 +172,32 @@ def from_response(response: httpx.Response, text: str) -> Failure:
     return Failure(Kind.FATAL, errors.RequestRejected, what, "The request itself is at fault.", response=response)
 
 
-def from_error_body(payload: Any, request: httpx.Request) -> Failure:
-    """Classifies ``{"error": …}`` that came in a 200, inside the stream or as its whole body."""
+def from_error_body(payload: Any, request: httpx.Request, key: str = "") -> Failure:
+    """Classifies ``{"error": …}`` that came in a 200, inside the stream or as its whole body. ``key``: the API key."""
     error = payload.get("error") if isinstance(payload, Mapping) else payload
     code = error.get("code") if isinstance(error, Mapping) else None
-    text = json.dumps(payload, ensure_ascii=False, default=str)
+    text = _as_text(payload)[:_READ]
+    code = int(code) if isinstance(code, str) and re.fullmatch(r"[45]\d\d", code) else code  # LiteLLM
     if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
         status = code
     elif _NO_ACCESS.search(text):
         status = 401
     else:
         status = 404 if _NO_MODEL.search(text) else 500
-    failure = from_response(httpx.Response(status, request=request), text)
-    said = _said(text)
-    return replace(failure, what=f"the server reported an error inside the stream: {said}")
+    failure = from_response(httpx.Response(status, request=request), text, key)
+    return replace(failure, what=f"the server reported an error inside the stream: {_message(payload, key)}")
 
 
-def from_exception(error: BaseException, base_url: str, answer_began: bool) -> Failure:
-    """Classifies what httpx raised. ``answer_began``: whether any part of an answer had come."""
+def from_exception(error: BaseException, base_url: str, answer_began: bool, key: str = "") -> Failure:
+    """Classifies what httpx raised.
+
+    Args:
+        answer_began: whether any part of an answer had come.
+        key: the API key, which a server may have sent back in what httpx quotes.
+    """
+    why = quoted(str(error), key) or type(error).__name__
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return _not_connected(error, base_url)
+        return _not_connected(error, base_url, why)
     if isinstance(error, (httpx.LocalProtocolError, UnicodeError)):
         # Not its text: it quotes the header, which holds the key.
         return Failure(
@@ -188,23 +206,28 @@ def from_exception(error: BaseException, base_url: str, answer_began: bool) -> F
         )  # fmt: skip
     if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
         return Failure(
-            Kind.FATAL, errors.ServerUnavailable, f"{base_url} is not a usable address: {error}",
+            Kind.FATAL, errors.ServerUnavailable, f"{base_url} is not a usable address: {why}",
             "It has the form http://host:port/v1.", "llm.base_url", cause=error,
+        )  # fmt: skip
+    if isinstance(error, UnknownPacking):
+        return Failure(
+            Kind.FATAL, errors.ServerFailed, str(error), "Switch compression off in the proxy in front of the server.",
+            "llm.base_url", cause=error,
         )  # fmt: skip
     if answer_began:
         return Failure(
-            Kind.TRANSIENT, errors.IncompleteStream, f"the connection broke in the middle of the answer ({error or type(error).__name__})",
+            Kind.TRANSIENT, errors.IncompleteStream, f"the connection broke in the middle of the answer ({why})",
             "If it recurs, look whether the server crashes (memory) in its own log.", "llm.local.retry.attempts",
             cause=error,
         )  # fmt: skip
     return Failure(
-        Kind.TRANSIENT, errors.ConnectionLost, f"the connection broke before any answer ({error or type(error).__name__})",
+        Kind.TRANSIENT, errors.ConnectionLost, f"the connection broke before any answer ({why})",
         "If it recurs, look whether the server crashes (memory) in its own log.", "llm.local.retry.attempts",
         cause=error,
     )  # fmt: skip
 
 
-def _not_connected(error: httpx.TransportError, base_url: str) -> Failure:
+def _not_connected(error: httpx.TransportError, base_url: str, why: str) -> Failure:
     chain: list[BaseException] = []
     link: Optional[BaseException] = error
     while link is not None and link not in chain:
@@ -213,45 +236,59 @@ def _not_connected(error: httpx.TransportError, base_url: str) -> Failure:
     text = " ".join(str(e) for e in chain)
     if any(isinstance(e, ssl.SSLError) for e in chain) or "SSL" in text:
         return Failure(
-            Kind.FATAL, errors.ServerUnavailable, f"no TLS connection to {base_url}" + (f" ({error})" if str(error) else ""),
+            Kind.FATAL, errors.ServerUnavailable, f"no TLS connection to {base_url}" + (f" ({why})" if str(error) else ""),
             "A local server usually speaks plain http://.", "llm.base_url", cause=error,
         )  # fmt: skip
     unknown_host = any(isinstance(e, socket.gaierror) and e.errno == socket.EAI_NONAME for e in chain)
     if unknown_host:
         return Failure(
-            Kind.FATAL, errors.ServerUnavailable, f"the host of {base_url} is unknown ({error})",
+            Kind.FATAL, errors.ServerUnavailable, f"the host of {base_url} is unknown ({why})",
             "Correct the host name.", "llm.base_url", cause=error,
         )  # fmt: skip
     if isinstance(error, httpx.ConnectTimeout):
         how = "no connection within the connect deadline"
     else:
-        how = "connection refused" if any(isinstance(e, ConnectionRefusedError) for e in chain) else str(error)
+        how = "connection refused" if any(isinstance(e, ConnectionRefusedError) for e in chain) else why
     return Failure(
         Kind.NOT_UP, errors.ServerUnavailable, f"no server at {base_url} ({how}; is it started, and llm.base_url right?)",
         "Start the server or correct its address.", "llm.base_url, and llm.local.retry.wait_for_server", cause=error,
     )  # fmt: skip
 
 
-def _said(text: str) -> str:
-    """The server's own message out of any of the shapes in use, cut to one line."""
+def _said(text: str, key: str) -> str:
+    """The server's own message out of any of the shapes in use."""
     try:
         body = json.loads(text)
-    except ValueError:
-        return " ".join(text.split())[:_QUOTED]
-    for key in ("error", "detail", "message"):
-        if isinstance(body, Mapping) and body.get(key):
-            body = body[key]
+    except (ValueError, RecursionError):
+        return quoted(text, key)
+    return _message(body, key)
+
+
+def _message(body: Any, key: str) -> str:
+    for name in ("error", "detail", "message"):
+        if isinstance(body, Mapping) and body.get(name):
+            body = body[name]
     if isinstance(body, list):  # FastAPI's complaints, which quote the input: the user's prompt
-        body = "; ".join(f"{e.get('loc')}: {e.get('msg')}" for e in body if isinstance(e, Mapping))
+        complaints = itertools.islice((e for e in body if isinstance(e, Mapping)), _COMPLAINTS)
+        body = "; ".join(f"{_as_text(e.get('loc'))}: {_as_text(e.get('msg'))}" for e in complaints)
     if isinstance(body, Mapping):
         body = body.get("message") or body.get("type") or body
-    message = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str)
-    return " ".join(message.split())[:_QUOTED]
+    return quoted(_as_text(body), key)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list …
+        return f"({type(value).__name__})"
 
 
 def _number(pattern: re.Pattern[str], text: str) -> Optional[int]:
     found = pattern.search(text)
-    return int(next(group for group in found.groups() if group)) if found else None
+    digits = next(group for group in found.groups() if group) if found else ""
+    return int(digits) or None if 0 < len(digits) <= _DIGITS else None
 
 
 def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
@@ -262,7 +299,7 @@ def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
     except ValueError:
         try:
             then, now = parsedate_to_datetime(value), parsedate_to_datetime(headers.get("date", ""))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
             return None
         if (then.tzinfo is None) != (now.tzinfo is None):
             return None

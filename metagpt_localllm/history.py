@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from os.path import commonprefix
 from typing import Deque, Optional, Sequence
 
 from metagpt_localllm.calibration import Calibration
@@ -11,7 +10,6 @@ from metagpt_localllm.conversation import Conversations
 from metagpt_localllm.latency import Estimator, Sample
 from metagpt_localllm.messages import Message
 from metagpt_localllm.state import State, state_at
-from metagpt_localllm.tokens import estimate_text
 from metagpt_localllm.transport import Endpoint
 
 __all__ = ["History", "history_of"]
@@ -39,7 +37,13 @@ class History:
 
     def shared_tokens(self, messages: Messages) -> int:
         """Tokens at the beginning of a prompt that an earlier one had, too, so that the server may hold them (estimated)."""
-        return max((_shared(*earlier, messages) for earlier in tuple(self._prompts)), default=0)
+        # What each of them shares is a beginning of the same messages: of the longest alone the tokens are told.
+        shared = [(*_shared(earlier, messages), earlier, counts) for earlier, counts in tuple(self._prompts)]
+        if not shared:
+            return 0
+        whole, characters, earlier, counts = max(shared, key=lambda one: one[:2])
+        part = counts[whole] * characters / len(earlier[whole]["content"]) if characters else 0.0
+        return int(sum(counts[:whole]) + part)
 
     def may_load(self, now: float) -> bool:
         """Whether the model may have to be loaded: nothing was asked of it for some minutes."""
@@ -62,17 +66,29 @@ class History:
         self._used_at = None
 
 
-def _shared(earlier: Messages, counts: Sequence[float], messages: Messages) -> int:
-    tokens = 0.0
-    for one, count, other in zip(earlier, counts, messages):
-        if one is other or one == other:
-            tokens += count
-            continue
-        left, right = one.get("content"), other.get("content")
-        if isinstance(left, str) and isinstance(right, str) and one.get("role") == other.get("role"):
-            tokens += estimate_text(commonprefix([left, right]))
-        break
-    return int(tokens)
+def _shared(earlier: Messages, messages: Messages) -> tuple[int, int]:
+    """How many whole messages they have in common at their beginnings, and how many characters of the next one."""
+    whole = 0
+    for one, other in zip(earlier, messages):
+        if one is not other and one != other:
+            left, right = one.get("content"), other.get("content")
+            if isinstance(left, str) and isinstance(right, str) and one.get("role") == other.get("role"):
+                return whole, _common(left, right)
+            return whole, 0
+        whole += 1
+    return whole, 0
+
+
+def _common(left: str, right: str) -> int:
+    """Length of the beginning that two texts have in common, found by halving: whole slices are compared at once."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 _histories: dict[tuple[str, str], History] = {}

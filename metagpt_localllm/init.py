@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +10,19 @@ from typing import Any, Mapping, Optional
 
 import click
 
-from metagpt_localllm.checking import is_listed
+from metagpt_localllm.checking import is_listed, nearest
 from metagpt_localllm.config_file import (
-    Change,
     ConfigFileError,
+    FileChange,
     apply,
     config_files,
-    located,
+    content_of,
     propose,
     propose_values,
     read,
     user_config,
 )
-from metagpt_localllm.config_text import YamlProblem, parsed, with_values
+from metagpt_localllm.config_text import parsed, with_values
 from metagpt_localllm.installation import installed_version, metagpt_problems
 from metagpt_localllm.scanning import Found, completed, facts_of_models, is_chat_model, look_at, same_server, scan
 from metagpt_localllm.servers import Facts, Server, identify
@@ -47,9 +46,6 @@ No model server answers on this machine at the usual ports. Start one of these, 
 #: MetaGPT's own default of ``llm.max_token``; room for the thoughts of a model that thinks.
 _ANSWER, _ANSWER_OF_THINKERS = 4096, 8192
 _THINKERS = ("qwq", "-r1", "think", "reason", "magistral", "gpt-oss")
-#: Context in tokens below which most prompts of MetaGPT 0.8 and of 1.0 (up to 20,000) are shortened.
-_WANTED, _WANTED_BY_1_0 = 8192, 32768
-
 #: Not an option: everybody on the machine can read those.
 _KEY_VARIABLE = "METAGPT_LOCALLLM_API_KEY"
 
@@ -127,11 +123,10 @@ def _llm_of(path: Path) -> Mapping[str, Any]:
     Raises:
         ConfigFileError: the file cannot be read, or does not parse.
     """
-    text = read(path)
     try:
-        block = parsed(text or "").get("llm")
-    except YamlProblem as problem:
-        raise ConfigFileError(f"{located(path, problem)}\nMend it, or move it away, and run this again") from None
+        block = (content_of(path) or {}).get("llm")
+    except ConfigFileError as error:
+        raise ConfigFileError(f"{error}\nMend it, or move it away, and run this again") from None
     return block if isinstance(block, dict) else {}
 
 
@@ -189,7 +184,7 @@ class _Setup:
             click.echo(f"  {number}  {_described(what)}")
         click.echo("  or the address of another one, such as http://192.168.1.5:1234/v1")
         answer = click.prompt("1/4  Which server?", default=str(default + 1)).strip()
-        if not answer.isdigit():
+        if not answer.isdecimal():
             return self._by_hand(answer)
         return self._ready(found[int(answer) - 1]) if 1 <= int(answer) <= len(found) else None
 
@@ -254,8 +249,8 @@ class _Setup:
         default = next(iter(before or loaded or models), None)
         if self._given.model:
             if models and not is_listed(self._given.model, models):
-                near = difflib.get_close_matches(self._given.model, models, n=3, cutoff=0.0)
-                raise click.ClickException(f"the server lists no model '{self._given.model}', but {', '.join(near)}")
+                near = ", ".join(nearest(self._given.model, models))
+                raise click.ClickException(f"the server lists no model '{self._given.model}', but {near}")
             return self._given.model
         if not self._ask:
             if default is None:
@@ -269,7 +264,7 @@ class _Setup:
         usual = str(models.index(default) + 1) if default is not None else None
         while True:
             answer = str(click.prompt("2/4  Which model?", default=usual)).strip()
-            if answer.isdigit() and 1 <= int(answer) <= len(models):
+            if answer.isdecimal() and 1 <= int(answer) <= len(models):
                 return models[int(answer) - 1]
             if answer and (not models or is_listed(answer, models)):
                 return answer
@@ -294,7 +289,7 @@ class _Setup:
 
     # -------------------------------------------------------------------------------------------- the file
 
-    def _change(self, answers: _Answers) -> Change:
+    def _change(self, answers: _Answers) -> FileChange:
         values: dict[Any, Any] = {
             "llm.api_type": "local_llm", "llm.base_url": answers.base_url, "llm.model": answers.model,
             "llm.max_token": answers.max_token, "llm.local.timeouts.total": answers.longest,
@@ -318,7 +313,7 @@ class _Setup:
             values = {"llm": _nested(values)}
         return propose_values(self._path, values)
 
-    def _write(self, change: Change) -> None:
+    def _write(self, change: FileChange) -> None:
         if not change.changes:
             click.echo(f"\n{self._path} says all this already; it is left as it is.")
             return
@@ -334,9 +329,11 @@ class _Setup:
 
     def _advise(self, found: Found, model: str) -> None:
         """What to do next, and what will trouble."""
-        newest = (installed_version("metagpt") or "").startswith("1.")
+        from metagpt_localllm.doctor.fitting import wanted_window  # psutil, which the questions need not wait for
+
+        version = installed_version("metagpt")
         server = asyncio.run(_server_of(found, model, self._key)) if found.models or found.kind != "plain" else None
-        wanted = _WANTED_BY_1_0 if newest else _WANTED
+        wanted = wanted_window(version).good
         window = server.facts.window if server is not None else None
         if server is not None and window is not None and window < wanted:
             click.echo(
@@ -355,7 +352,7 @@ class _Setup:
             click.echo(f"\nMetaGPT reads {read_by_metagpt[0]} as well, and that one wins.")
         for problem in metagpt_problems():
             click.echo(f"\n{problem}")
-        rounds = " --n-round 20" if newest else ""
+        rounds = " --n-round 20" if (version or "").startswith("1.") else ""
         click.echo(
             "\nNext:\n  metagpt-localllm doctor" + (f" --config {self._path}" if self._path != user_config() else "")
             + f'\n  metagpt{rounds} "Write a command line snake game"'

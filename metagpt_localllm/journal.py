@@ -12,15 +12,18 @@ import secrets
 import sqlite3
 import time
 import zlib
+from collections import abc
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Callable, Hashable, Iterable, Mapping, Optional, Sequence, TypeVar
 
+from metagpt_localllm.quoting import quoted
 from metagpt_localllm.state import State, transaction
 
 __all__ = ["CallRecord", "Journal", "Replay", "RunRecord", "new_id"]
 
 T = TypeVar("T")
+Row = TypeVar("Row", "RunRecord", "CallRecord", "Replay")
 Json = Mapping[str, Any]
 
 
@@ -110,6 +113,18 @@ class Replay:
     tokens: int
 
 
+#: Types of the fields of all records; others are text.
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("started", "touched", "ended", "at", "queued"), (int, float)),
+    **dict.fromkeys(("number", "resumed", "calls", "tokens", "wanted_tokens", "saved_tokens", "cached_tokens"), int),
+    **dict.fromkeys(("usage", "timings", "deadlines", "answer", "partial"), abc.Mapping),
+    **dict.fromkeys(("volatile", "attempts", "trims", "command"), (list, tuple)),
+    "superseded": bool,
+    "request": bytes,
+}
+_MAY_BE_NONE = {"ended", "finish_reason", "answer", "partial", "request", "usage", "cached_tokens"}
+#: No moment, and no number of tokens, is larger; a request has no more bytes.
+_LARGEST, _MOST_BYTES = 10**11, 1 << 28
 _OF_CALL = {known.name for known in fields(CallRecord)}
 #: Kept in columns or tables of their own; the rest of a CallRecord is one JSON.
 _ELSEWHERE = {"number", "digest", "outcome", "superseded", "answer", "partial", "request"}
@@ -146,7 +161,8 @@ class Journal:
         """The highest number of its calls, of those that are superseded, too; 0 where there are none."""
 
         def query(database: sqlite3.Connection) -> int:
-            (number,) = database.execute("SELECT max(number) FROM calls WHERE run = ?", (run,)).fetchone()
+            of = "SELECT max(number) FROM calls WHERE run = ? AND typeof(number) = 'integer'"
+            (number,) = database.execute(of, (run,)).fetchone()
             return int(number or 0)
 
         return self._state.read(query, 0)
@@ -204,7 +220,7 @@ class Journal:
             rows = database.execute(
                 "SELECT run, number, at, tokens FROM replays WHERE run = ifnull(?, run) AND at >= ? ORDER BY at", (run, since)
             )
-            return [Replay(*row) for row in rows.fetchall()]
+            return self._whole(rows.fetchall(), lambda row: _sound(Replay(*row)))
 
         return self._state.read(query, [])
 
@@ -220,7 +236,7 @@ class Journal:
             try:
                 records.append(record(row))
             except Exception as error:  # a disk that changed some bytes may cause any
-                self._state.say("record", f"{self._state.path} is damaged: a run or a call cannot be read ({error}).")
+                self._state.say("record", f"{self._state.path} is damaged: a run or a call cannot be read ({quoted(str(error))}).")
         return records
 
     def flush(self) -> bool:
@@ -436,25 +452,53 @@ def _run(row: Sequence[Any]) -> RunRecord:
     id, key, started, touched, outcome, owner, resumed, calls, tokens, about = row
     known = _load(about)
     command = tuple(known["command"])
-    return RunRecord(id, key, command, known["folder"], started, touched, outcome, owner, resumed, calls, tokens)
+    return _sound(RunRecord(id, key, command, known["folder"], started, touched, outcome, owner, resumed, calls, tokens))
 
 
 def _call(row: Sequence[Any], draft: Mapping[str, bytes] = MappingProxyType({})) -> CallRecord:
     run, number, digest, outcome, superseded, about, answer, crc = row
     if crc != _crc(run, number, digest, outcome, about, answer):
         raise ValueError(f"wrong checksum of call {number} of {run}")
-    return replace(
+    whole = replace(
         _about((number, digest, outcome, superseded, about)),
         answer=None if answer is None else _load(answer),
         partial=_load(draft["partial"]) if "partial" in draft else None,
-        request=zlib.decompress(draft["request"]) if "request" in draft else None,
+        request=_unpacked(draft["request"]) if "request" in draft else None,
     )
+    return _sound(whole)
+
+
+def _unpacked(draft: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
+    unpacked = unpacker.decompress(draft, _MOST_BYTES)
+    if unpacker.unconsumed_tail:
+        raise ValueError(f"a request is over {_MOST_BYTES:,} bytes")
+    return unpacked
+
+
+def _sound(record: Row) -> Row:
+    """The record, each field of which has the type that it should.
+
+    Raises:
+        TypeError: a disk, or somebody, has changed it.
+        ValueError: a moment or a number that cannot be.
+    """
+    for name, value in vars(record).items():
+        if value is None and name in _MAY_BE_NONE:
+            continue
+        if not isinstance(value, _TYPES.get(name, str)) or (isinstance(value, bool) and name not in ("superseded", "resumed")):
+            raise TypeError(f"{name} is a {type(value).__name__}")
+        if isinstance(value, (int, float)) and not -_LARGEST < value < _LARGEST:
+            raise ValueError(f"{name} is out of range")
+    if isinstance(record, RunRecord) and not all(isinstance(part, str) for part in record.command):
+        raise TypeError("a command has parts that are no text")
+    return record
 
 
 def _about(row: Sequence[Any]) -> CallRecord:
     number, digest, outcome, superseded, about = row
     more = {name: value for name, value in _load(about).items() if name in _OF_CALL}
-    return CallRecord(number=number, digest=digest, outcome=outcome, superseded=bool(superseded), **more)
+    return _sound(CallRecord(number=number, digest=digest, outcome=outcome, superseded=bool(superseded), **more))
 
 
 def _put_run(database: sqlite3.Connection, run: RunRecord) -> None:

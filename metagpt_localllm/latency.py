@@ -103,9 +103,14 @@ class Sample:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Sample:
-        """The sample that ``as_row`` gave; names that this version does not know are left out."""
+        """The sample that ``as_row`` gave; what this version does not know, by its name or its type, is left out."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in row.items() if name in known})
+        sound: dict[str, Any] = {
+            name: value
+            for name, value in row.items()
+            if name in known and (value is None or isinstance(value, str if name == "censored" else (int, float)))
+        }
+        return cls(**{"prompt_tokens": 0, **sound})
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,10 @@ class Leftovers:
 
 
 def _said(answer: Mapping[str, Any]) -> str:
-    calls = " ".join(f"{name} {arguments}" for _, _, name, arguments in answer.get("tool_calls") or ())
-    return f"{answer.get('content') or ''}\n{answer.get('reasoning') or ''}\n{calls}"
+    """All text of an answer, as Answer.as_record has it."""
+    calls = answer.get("tool_calls")
+    called = [f"{call[2]} {call[3]}" for call in calls if isinstance(call, (list, tuple)) and len(call) == 4] if isinstance(calls, list) else ()
+    return "\n".join([str(answer.get("content") or ""), str(answer.get("reasoning") or ""), " ".join(called)])
 
 
 def _was_cut(call: CallRecord, wanted: int) -> bool:

@@ -39,7 +39,7 @@ def line(view: View, width: int) -> Sequence[Span]:
 def _layouts(view: View) -> Iterator[Sequence[Span]]:
     action = view.action or view.who
     elapsed = clock(view.elapsed)
-    deadline = f"{view.deadline} in {clock(view.left)}" if view.left is not None and view.phase is not Phase.WAITING else ""
+    deadline = _deadline(view)
     for who, words, rest in (
         (view.who, view.words, (view.attempt, f"{elapsed} elapsed", deadline)),
         (view.who, view.words, (f"{elapsed} elapsed", deadline)),
@@ -49,6 +49,11 @@ def _layouts(view: View) -> Iterator[Sequence[Span]]:
         (action, view.short, (elapsed,)),
     ):
         yield Span(who, "who"), Span("  "), Span(words, "phase"), *(Span(f" · {part}", "rest") for part in rest if part)
+
+
+def _deadline(view: View) -> str:
+    """The one that comes next; the words of a wait for the server have it already."""
+    return f"{view.deadline} in {clock(view.left)}" if view.left is not None and view.phase is not Phase.WAITING else ""
 
 
 def _cells(spans: Sequence[Span]) -> int:
@@ -70,7 +75,5 @@ def _cut(text: str, width: int) -> str:
 
 def sentence(view: View) -> str:
     """The same facts for a log, of any length; without who asks, which the log's lines begin with."""
-    parts = [view.attempt, f"{clock(view.elapsed)} elapsed"]
-    if view.left is not None and view.phase is not Phase.WAITING:
-        parts.append(f"{view.deadline} in {clock(view.left)}")
-    return f"{view.words} ({', '.join(part for part in parts if part)})"
+    parts = view.attempt, f"{clock(view.elapsed)} elapsed", _deadline(view)
+    return f"{view.words} ({', '.join(filter(None, parts))})"

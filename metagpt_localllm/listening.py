@@ -39,9 +39,9 @@ def on_event(callback: Callable[[Any], Union[None, Awaitable[None]]], *kinds: ty
 class Subscription:
     """What :func:`on_event` gives."""
 
-    def __init__(self, callback: Callable[[Any], Union[None, Awaitable[None]]], kinds: tuple[type[Event], ...] = ()) -> None:
+    def __init__(self, callback: Callable[[Any], Union[None, Awaitable[None]]], kinds: tuple[type[Event], ...]) -> None:
         self._callback = callback
-        self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = WeakKeyDictionary()
+        self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, _InOrder] = WeakKeyDictionary()
         self._unsubscribe = events.subscribe(self._take, *(kinds or events.KINDS))
 
     def __call__(self) -> None:
@@ -50,21 +50,21 @@ class Subscription:
 
     async def drained(self) -> None:
         """Waits until the async callback has taken all events that there are on this loop."""
-        turns = self._waiting.get(asyncio.get_running_loop())
-        while turns is not None and turns.task is not None and not turns.task.done():
-            await asyncio.wait([turns.task])
+        queue = self._waiting.get(asyncio.get_running_loop())
+        while queue is not None and queue.task is not None and not queue.task.done():
+            await asyncio.wait([queue.task])
 
     def _take(self, event: Event) -> None:
         result = self._callback(event)
         if inspect.isawaitable(result):
             loop = asyncio.get_running_loop()
-            turns = self._waiting.get(loop)
-            if turns is None:
-                turns = self._waiting[loop] = _Turns()
-            turns.put(result, droppable=isinstance(event, (*events.FREQUENT, events.Prefill)))
+            queue = self._waiting.get(loop)
+            if queue is None:
+                queue = self._waiting[loop] = _InOrder()
+            queue.put(result, droppable=isinstance(event, (*events.FREQUENT, events.Prefill)))
 
 
-class _Turns:
+class _InOrder:
     """Awaits one thing after the other, in a task of its own."""
 
     def __init__(self) -> None:

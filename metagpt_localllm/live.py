@@ -134,21 +134,24 @@ class Rows:
                 self._size = size
                 self._cursor.resize(size.columns)
 
+    def _erasure(self) -> str:
+        """What erases the rows that are shown. Where nothing stands to the right of the cursor, all from it on may go."""
+        return "" if not self._shown else _ERASE if self._cursor.column >= self._cursor.extent else _ERASE_BELOW
+
     def _erase(self) -> None:
         if self._shown:
-            self._shown = 0
-            self._put(_ERASE if self._cursor.column >= self._cursor.extent else _ERASE_BELOW)
+            erasure, self._shown = self._erasure(), 0
+            self._put(erasure)
 
     def _draw(self) -> None:
         rows = self._rows
         if not rows:
             self._erase()
         elif self._cursor.drawable and _in_foreground(self._fd):
-            again = _ERASE if self._shown and self._cursor.column >= self._cursor.extent else _ERASE_BELOW if self._shown else ""
-            count = len(rows)
+            erasure, count = self._erasure(), len(rows)
             drawn = "".join(f"\x1b[B\r\x1b[2K{row}\x1b[0m" for row in rows)
             self._shown = count
-            self._put(f"{again}{_DOWN * count}\x1b[{count}A{_SAVE}{_NO_WRAP}\x1b[0m{drawn}{_WRAP}{_RESTORE}")
+            self._put(f"{erasure}{_DOWN * count}\x1b[{count}A{_SAVE}{_NO_WRAP}\x1b[0m{drawn}{_WRAP}{_RESTORE}")
             self._drawn_at = time.monotonic()
 
     def _put(self, text: str) -> None:

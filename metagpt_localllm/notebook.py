@@ -11,7 +11,7 @@ from metagpt_localllm.rows import texts
 
 __all__ = ["Output", "in_notebook"]
 
-_WIDTH, _ROOM = 100, 8
+_WIDTH = 100
 #: Seconds between two updates while nothing but the time goes on.
 _TICK = 1.0
 
@@ -36,7 +36,7 @@ class Output:
         """The next update shows it."""
 
     def update(self, views: Sequence[View]) -> None:
-        self._put("\n".join(text.plain for text in texts(views, _WIDTH, _ROOM)))
+        self._put("\n".join(text.plain for text in texts(views, _WIDTH)))
 
     def end(self) -> None:
         if self._handle is not None:

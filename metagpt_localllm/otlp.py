@@ -26,6 +26,7 @@ __all__ = ["provider_for", "traces_url"]
 #: Seconds that the end of the process waits for spans to be delivered.
 _PATIENCE = 3.0
 _PATH = "/v1/traces"
+#: ``complain``: who is told of what the library logs, in the thread that exports for us; None or missing elsewhere.
 _HERE = threading.local()
 
 

@@ -13,6 +13,7 @@ from typing import Callable, Deque, Mapping, Optional
 
 from metagpt_localllm import events
 from metagpt_localllm.events import CallInfo, Event
+from metagpt_localllm.wording import counted, printable
 
 __all__ = ["Board", "Phase", "View", "clock"]
 
@@ -44,9 +45,6 @@ class View:
         phase: what it is doing.
         words: the phase with its figures, and ``short`` the same for a narrow terminal.
         attempt: "attempt 2 of 4", or "" for the first and where ``words`` say it.
-        share: of the phase that is done, 0 to 1; None where nobody knows.
-        estimated: whether ``share`` and ``eta`` come from earlier calls and not from the server.
-        eta: seconds until the phase ends, or None.
         elapsed: seconds since the call began, its wait for a turn included.
         deadline: name of the deadline that comes next, or "".
         left: seconds until then, or None.
@@ -59,9 +57,6 @@ class View:
     words: str
     short: str
     attempt: str
-    share: Optional[float]
-    estimated: bool
-    eta: Optional[float]
     elapsed: float
     deadline: str
     left: Optional[float]
@@ -229,28 +224,27 @@ class _Running:
     # ------------------------------------------------------------------ what is to be seen
 
     def view(self, now: float) -> View:
-        words, short, share, eta = _WORDS[self.phase](self, now)
+        words, short = _WORDS[self.phase](self, now)
         deadline, left = self._deadline(now)
         attempt = ""
         if self.attempt > 1 and self.phase is not Phase.RETRY:
             attempt = f"attempt {self.attempt}" + (f" of {self.attempts}" if self.attempt <= self.attempts else "")
-        estimated = self.phase is Phase.LOADING or (self.phase is Phase.PREFILL and not self.read)
         info = self.info
         return View(
-            info.number, _printable(info.role), _printable(info.action), self.phase, words, short, attempt, share,
-            estimated and share is not None, eta, max(now - self.started, 0.0), deadline, left,
+            info.number, printable(info.role), printable(info.action), self.phase, words, short, attempt,
+            max(now - self.started, 0.0), deadline, left,
         )  # fmt: skip
 
     def queued(self, now: float) -> _Words:
         if not self.ahead:
-            return "getting ready", "getting ready", None, None
-        return f"waiting for its turn behind {self.ahead}", f"queued behind {self.ahead}", None, None
+            return "getting ready", "getting ready"
+        return f"waiting for its turn behind {self.ahead}", f"queued behind {self.ahead}"
 
     def loading(self, now: float) -> _Words:
         if not self.usual:
-            return "server loading", "loading", None, None
+            return "server loading", "loading"
         share, eta = _guess(now - self.since, self.usual)
-        return f"server loading, about {_percent(share)}{_eta(eta)}", f"loading ~{_percent(share)}", share, eta
+        return f"server loading, about {_percent(share)}{_eta(eta)}", f"loading ~{_percent(share)}"
 
     def prefill(self, now: float) -> _Words:
         expected = self.sent.expected if self.sent is not None else None
@@ -259,39 +253,38 @@ class _Running:
             eta, about = self._until_read(now), ""
             if eta is None and expected and share < 1:
                 eta, about = _guess(now - self.sent_at, expected)[1], "about "
-            return f"prefill {_percent(share)}{_eta(eta, about)}", f"prefill {_percent(share)}", share, eta
+            return f"prefill {_percent(share)}{_eta(eta, about)}", f"prefill {_percent(share)}"
         if not expected:
-            size = f" of {self.total:,} tokens" if self.total else ""
-            return f"prefill{size}", "prefill", None, None
+            return f"prefill of {self.total:,} tokens" if self.total else "prefill", "prefill"
         share, eta = _guess(now - self.sent_at, expected)
         if share < 0.01 and eta is not None and self.total:
-            return f"prefill of {self.total:,} tokens{_eta(eta, 'about ')}", f"prefill ~{clock(eta)}", share, eta
-        return f"prefill about {_percent(share)}{_eta(eta)}", f"prefill ~{_percent(share)}", share, eta
+            return f"prefill of {self.total:,} tokens{_eta(eta, 'about ')}", f"prefill ~{clock(eta)}"
+        return f"prefill about {_percent(share)}{_eta(eta)}", f"prefill ~{_percent(share)}"
 
     def generating(self, now: float) -> _Words:
         speed = self._speed()
-        counted = f"{self.tokens:,} token{'s' * (self.tokens != 1)}"
+        tokens = counted(self.tokens, "token")
         if speed is None:
-            return f"generating {counted}", counted, None, None
-        return f"generating {counted} at {speed:.1f} tok/s", f"{self.tokens:,} tok, {speed:.1f}/s", None, None
+            return f"generating {tokens}", tokens
+        return f"generating {tokens} at {speed:.1f} tok/s", f"{self.tokens:,} tok, {speed:.1f}/s"
 
     def stalled(self, now: float) -> _Words:
         silence = now - self.since
         if self.alive_at > self.since:
-            return f"no token for {clock(silence)}, but the server works", f"no token {clock(silence)}", None, None
+            return f"no token for {clock(silence)}, but the server works", f"no token {clock(silence)}"
         told = f"stalled {clock(silence)} of {clock(self.limit)}"
-        return told, told, None, None
+        return told, told
 
     def retry(self, now: float) -> _Words:
         following = self.attempt + 1
         of = f" of {self.attempts}" if following <= self.attempts else ""
         left = self.since + self.limit - now
         wait = f" in {clock(left)}" if left >= 0.5 else ""
-        return f"retry {following}{of}{wait}", f"retry {following}{of.replace(' of ', '/')}{wait}", None, max(left, 0.0)
+        return f"retry {following}{of}{wait}", f"retry {following}{of.replace(' of ', '/')}{wait}"
 
     def waiting(self, now: float) -> _Words:
         waited = f"{clock(now - self.since)} of {clock(self.limit)}"
-        return f"server down: waiting {waited}", f"down {waited}", None, None
+        return f"server down: waiting {waited}", f"down {waited}"
 
     def _until_read(self, now: float) -> Optional[float]:
         """Seconds, by how fast the prompt was read of late."""
@@ -330,7 +323,8 @@ class _Running:
         return first, max(ends[first] - now, 0.0)
 
 
-_Words = tuple[str, str, Optional[float], Optional[float]]
+#: The phase with its figures, and the same for a narrow terminal.
+_Words = tuple[str, str]
 _WORDS: Mapping[Phase, Callable[[_Running, float], _Words]] = {
     Phase.QUEUED: _Running.queued,
     Phase.LOADING: _Running.loading,
@@ -365,8 +359,3 @@ def _percent(share: float) -> str:
 
 def _eta(seconds: Optional[float], about: str = "") -> str:
     return f", {about}{clock(seconds)} left" if seconds is not None else ""
-
-
-def _printable(name: str) -> str:
-    """A name from a user's code, which must not move the cursor."""
-    return "".join(character if character.isprintable() else " " for character in name)

@@ -204,7 +204,7 @@ class Progress:
 _progress: Optional[Progress] = None
 _decided = False
 _is_child = False
-_ends: list[Callable[[], None]] = []
+_unsubscribe: Optional[Callable[[], None]] = None
 
 
 def show(settings: ProgressSettings, logger: Any) -> None:
@@ -213,7 +213,7 @@ def show(settings: ProgressSettings, logger: Any) -> None:
     Args:
         logger: MetaGPT's (loguru's).
     """
-    global _progress, _decided
+    global _progress, _decided, _unsubscribe
     if _decided:
         return
     _decided = True
@@ -239,18 +239,17 @@ def show(settings: ProgressSettings, logger: Any) -> None:
         return LogLines(say, max(settings.every / time_scale(), min(settings.every, _LEAST_EVERY)))
 
     _progress = Progress(choose)
-    _ends.append(events.subscribe(_progress.take, *events.KINDS))
+    _unsubscribe = events.subscribe(_progress.take, *events.KINDS)
 
 
 def hide() -> None:
     """Ends what :func:`show` began; after that it may begin in another way. Idempotent."""
-    global _progress, _decided
+    global _progress, _decided, _unsubscribe
     _decided = False
-    while _ends:
-        _ends.pop()()
-    if _progress is not None:
+    if _progress is not None and _unsubscribe is not None:
+        _unsubscribe()
         _progress.end()
-        _progress = None
+        _progress = _unsubscribe = None
 
 
 def _in_child() -> None:

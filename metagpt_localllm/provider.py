@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Callable, Optional, Sequence, Union
 from weakref import WeakKeyDictionary
 
-import yaml
 from metagpt.const import CONFIG_ROOT, METAGPT_ROOT
 from metagpt.logs import log_llm_stream, logger
 from metagpt.provider.openai_api import OpenAILLM
@@ -27,6 +26,7 @@ from metagpt_localllm import call as calls
 from metagpt_localllm import events, progress, servers, session
 from metagpt_localllm.caller import find_caller, find_retry_loop
 from metagpt_localllm.closing import watch_for_failures
+from metagpt_localllm.config_text import parsed
 from metagpt_localllm.context import DEFAULT_WINDOW, window_is_a_guess, window_is_too_large
 from metagpt_localllm.errors import LocalLLMError
 from metagpt_localllm.policies import named
@@ -238,10 +238,10 @@ def _warn_of_misplaced() -> None:
             continue
         _looked_at.add(path)
         try:
-            written = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            written = parsed(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             continue
-        if isinstance(written, dict) and "local" in written:
+        if "local" in written:
             logger.warning(f"{path}: 'local' has no effect there; it belongs under llm (llm.local): indent it.")
 
 

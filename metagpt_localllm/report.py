@@ -17,8 +17,9 @@ from metagpt_localllm.session import locks_of
 from metagpt_localllm.state import State
 from metagpt_localllm.stats import moment
 from metagpt_localllm.whole_file import replace_file
+from metagpt_localllm.wording import counted
 
-__all__ = ["report", "write"]
+__all__ = ["report"]
 
 #: More runs than any journal has.
 _EVERY = 1_000_000
@@ -57,10 +58,10 @@ def report(
         raise click.BadParameter(refusal, param_hint="--output")
     page, calls = _made(State(file, lambda problem: click.echo(f"Warning: {problem}", err=True)), which, every, since, start, now)
     try:
-        write(output, page)
+        replace_file(output.resolve(), page.encode())  # where it is a link, what it leads to
     except OSError as error:
         raise click.ClickException(f"{output} cannot be written: {error.strerror}. Choose another place with --output.") from None
-    click.echo(f"{output}: {calls:,} call{'s' * (calls != 1)}, {len(page.encode()) / 1e6:.1f} MB")
+    click.echo(f"{output}: {counted(calls, 'call')}, {len(page.encode()) / 1e6:.1f} MB")
     if show and not webbrowser.open(output.resolve().as_uri()):
         click.echo(f"No browser was found: open {output.resolve().as_uri()} yourself.", err=True)
 
@@ -117,13 +118,3 @@ def _refusal(output: Path, force: bool) -> str:
     except OSError as error:
         return f"{output} cannot be looked into: {error.strerror}"
     return f"{output} exists and is no report of metagpt-localllm: name another file, or overwrite it with --force"
-
-
-def write(output: Path, page: str) -> None:
-    """Writes the file, readable by its owner alone; one that is there is replaced at once or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    # Where it is a link, what it leads to.
-    replace_file(output.resolve(), page.encode())

@@ -52,7 +52,7 @@ class Painter:
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream, force_terminal=True, legacy_windows=False)
 
-    def paint(self, views: Sequence[View], columns: int, lines: int, head: Sequence[str] = ()) -> Sequence[str]:
+    def paint(self, views: Sequence[View], columns: int, lines: int, head: Sequence[str]) -> Sequence[str]:
         """What is written to the terminal, a string for each row. ``head``: rows above the calls."""
         width = max(columns - 1, 1)  # the last column is where terminals differ
         room = max(min(_MOST, int((lines - 1) * _SHARE)), 1)

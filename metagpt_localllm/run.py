@@ -151,7 +151,8 @@ class Run:
         self.prompt_tokens, self.told_loading = prompt.tokens, False
         self.shared_tokens = self.history.shared_tokens(prompt.messages)
         cached = estimator.cached_tokens(prompt.tokens, self.shared_tokens)
-        may_load = self.server.facts.loaded is not True and self.history.may_load(now)
+        loaded = self.server.facts.loaded
+        may_load = self.history.may_load(now) if loaded is None else not loaded
         new = prompt.tokens - cached
         batch = min(new, _BATCH)
         estimates = {
@@ -219,6 +220,9 @@ class Run:
         request = request_to(self.call.endpoint)
         if isinstance(failure.cause, httpx.RequestError):
             failure.cause.request = request  # httpx's own has the key and the prompt
+        cause = failure.cause
+        if cause is not None and self.call.endpoint.without_key(str(cause)) != str(cause):
+            cause = None  # it quotes the server, which has sent the key back
         raise failure.error(
             message[:1].upper() + message[1:],
             request=request,
@@ -226,7 +230,7 @@ class Run:
             partial=answer.content,
             attempts=life.attempt,
             setting=failure.setting,
-        ) from failure.cause
+        ) from cause
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from metagpt_localllm.journal import Journal, RunRecord
 from metagpt_localllm.session import VARIABLE, is_alive, locks_of
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import state_at
+from metagpt_localllm.statistics import mappings
 
 __all__ = ["JOURNAL_PATH", "journal_file", "run_named", "runs", "standing"]
 
@@ -35,20 +36,9 @@ def _journal(context: click.Context) -> Journal:
     return Journal(state_at(context.obj))
 
 
-def _folder(context: click.Context) -> Path:
-    return locks_of(state_at(context.obj))
-
-
-def _found(context: click.Context, run: str) -> RunRecord:
-    found = _journal(context).run(run)
-    if found is None:
-        raise click.ClickException(f"there is no run '{run}'; metagpt-localllm runs lists them")
-    return found
-
-
 def _idle(context: click.Context, run: str) -> RunRecord:
     """The run, on which no process works."""
-    found = _found(context, run)
+    found = run_named(_journal(context), run)
     if _how(context, found) == "running":
         raise click.ClickException(f"a process still works on {found.id}")
     return found
@@ -71,7 +61,7 @@ def journal_file(path: str, command: str) -> Path:
 
 
 def run_named(journal: Journal, which: str) -> RunRecord:
-    """The run that ``--run`` names: the only one whose id begins so, or the newest where that is "last".
+    """The run that ``--run`` or RUN names: the only one whose id begins so, or the newest where that is "last".
 
     Raises:
         click.ClickException: there is none.
@@ -98,7 +88,7 @@ def standing(folder: Path, run: RunRecord) -> str:
 
 
 def _how(context: click.Context, run: RunRecord) -> str:
-    return standing(_folder(context), run)
+    return standing(locks_of(state_at(context.obj)), run)
 
 
 @runs.command("list")
@@ -121,14 +111,14 @@ def list_runs(context: click.Context, limit: int = 20) -> None:
 @click.option("--answers", is_flag=True, help="With the answers.")
 @click.pass_context
 def show(context: click.Context, run: str, answers: bool) -> None:
-    """The calls of a run; RUN is the beginning of its name."""
-    found = _found(context, run)
+    """The calls of a run; RUN is the beginning of its name, or last."""
+    found = run_named(_journal(context), run)
     click.echo(f"{found.id}: {_how(context, found)}, in {found.folder}\n{_command(found)}")
     for call in _journal(context).calls(found.id):
         tokens = (call.usage or {}).get("completion_tokens") or (call.partial or {}).get("tokens") or 0
         seconds = f"{call.ended - call.started:.1f} s" if call.ended else ""
         saved = f", {call.saved_tokens} of them saved" if call.saved_tokens else ""
-        failed = [attempt["error"] for attempt in call.attempts if "error" in attempt]
+        failed = [str(attempt["error"]) for attempt in mappings(call.attempts) if "error" in attempt]
         errors = f" after {', '.join(failed)}" if failed else ""
         click.echo(
             f"{call.number:>4} {call.outcome:<9} {call.role}/{call.action} {tokens} tokens{saved} {seconds}{errors}"
@@ -164,4 +154,4 @@ def forget(context: click.Context, run: str) -> None:
 
 
 def _command(run: RunRecord) -> str:
-    return shlex.join([os.path.basename(run.command[0]), *run.command[1:]])
+    return shlex.join([*map(os.path.basename, run.command[:1]), *run.command[1:]])

@@ -71,18 +71,16 @@ class Found:
     needs_key: bool = False
 
 
-async def scan(
-    hosts: Sequence[str] = ("localhost",), extra_ports: Iterable[int] = (), limit: float = 2.0
-) -> list[Found]:
-    """The model servers on the usual ports, those that are ready first. Never raises.
+async def scan(extra_ports: Iterable[int] = (), limit: float = 2.0) -> list[Found]:
+    """The model servers on this machine's usual ports, by IPv4 and by IPv6, those that are ready first. Never raises.
+
+    Nothing else is asked but what OLLAMA_HOST names, which may be another machine.
 
     Args:
-        hosts: names or addresses; ``localhost`` is looked for by IPv4 and by IPv6. Nothing else is asked but what
-            OLLAMA_HOST names, which may be another machine.
         extra_ports: ports that are looked at besides, before the usual ones.
         limit: seconds for all of it, whatever the ports do.
     """
-    addresses = _addresses(hosts, extra_ports, os.environ.get("OLLAMA_HOST", ""))
+    addresses = _addresses(extra_ports, os.environ.get("OLLAMA_HOST", ""))
     found: dict[str, Found] = {}
 
     async def note(base_url: str) -> None:
@@ -97,7 +95,7 @@ async def scan(
     return sorted(_without_twins(listed), key=lambda what: (what.needs_key, what.loading))
 
 
-async def look_at(endpoint: Endpoint, limit: float = 2.0) -> Optional[Found]:
+async def look_at(endpoint: Endpoint, limit: float) -> Optional[Found]:
     """The model server at one address, asked with its key where it has one; None where none answers. Never raises.
 
     Args:
@@ -109,11 +107,10 @@ async def look_at(endpoint: Endpoint, limit: float = 2.0) -> Optional[Found]:
     return latest[-1] if latest else None
 
 
-def _addresses(hosts: Sequence[str], extra_ports: Iterable[int], ollama: str) -> list[str]:
+def _addresses(extra_ports: Iterable[int], ollama: str) -> list[str]:
     """Base URLs in the order in which they are told, each once."""
     ports = {**dict.fromkeys(extra_ports, "/v1"), **USUAL_PORTS}
-    literal = [address for host in hosts for address in (("127.0.0.1", "::1") if host == "localhost" else (host,))]
-    urls = [f"http://{_netloc(host, port)}{path}" for port, path in ports.items() for host in literal]
+    urls = [f"http://{_netloc(host, port)}{path}" for port, path in ports.items() for host in ("127.0.0.1", "::1")]
     named = ollama_host(ollama) if ollama.strip() else None
     return list(dict.fromkeys([named, *urls] if named else urls))
 
@@ -182,7 +179,7 @@ async def _look(endpoint: Endpoint, tell: Callable[[Found], Any]) -> None:
                     return
 
 
-async def facts_of_models(found: Found, key: str = "") -> dict[str, Facts]:
+async def facts_of_models(found: Found, key: str) -> dict[str, Facts]:
     """What a server says of each of its models, of a dozen at the most; loads none of them. Never raises.
 
     Of a server that every question harms nothing is asked.
@@ -228,9 +225,9 @@ def is_chat_model(name: str) -> bool:
 
 
 def _names(listing: Mapping[str, Any]) -> tuple[str, ...]:
-    names = [entry["id"] for entry in entries(listing, "data") if isinstance(entry.get("id"), str)]
-    shown = filter(None, (name for name in names if name.isprintable()))  # they go to a terminal
-    return tuple(sorted(dict.fromkeys(shown), key=lambda name: not is_chat_model(name)))
+    listed = [entry["id"] for entry in entries(listing, "data") if isinstance(entry.get("id"), str)]
+    names = dict.fromkeys(name for name in listed if name and name.isprintable())  # they go to a terminal
+    return tuple(sorted(names, key=lambda name: not is_chat_model(name)))
 
 
 def _without_twins(listed: Sequence[Found]) -> list[Found]:

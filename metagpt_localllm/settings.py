@@ -7,10 +7,15 @@ frozen, typed values go further.
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import os
 import re
+import unicodedata
+from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Tuple, Union
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,35 +50,52 @@ __all__ = [
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+#: Characters that a duration, a size or the name of a key may have; of other text so many are quoted.
+_LONGEST, _QUOTED = 60, 60
+#: Seconds of the longest duration (300 years), and the largest number of tokens or requests.
+_LONGEST_TIME, _LARGEST = 1e10, 10**9
+
+
+def _shown(value: object) -> str:
+    """A value in a complaint about it: in one short line, however long or deep it is."""
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a value of the type {type(value).__name__}"
+    try:
+        text = repr(value[:_QUOTED] if isinstance(value, (str, bytes)) else value)
+    except ValueError:  # an int of thousands of digits
+        return "a number of thousands of digits"
+    return f"{text[:_QUOTED]}…" if len(text) > _QUOTED else text
 
 
 def parse_duration(value: object) -> float:
     """A length of time in seconds, from a number of seconds or from text such as ``"90s"``, ``"10m"``, ``"1h30m"``.
 
     Raises:
-        ValueError: not a duration, or negative.
+        ValueError: not a duration, negative, or over 300 years.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
+        raise ValueError(f"{_shown(value)} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
     if isinstance(value, str):
-        text = value.strip().lower()
+        text = value.strip().lower() if len(value) <= _LONGEST else ""
         if re.fullmatch(r"-?\d+(\.\d+)?", text):
             seconds = float(text)
         elif text and not _PART.sub("", text).strip():
             seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
         elif text.startswith("-") and not _PART.sub("", text[1:]).strip():
-            raise ValueError(f"{value!r} is negative; a duration is never below zero")
+            raise ValueError(f"{_shown(value)} is negative; a duration is never below zero")
         else:
-            raise ValueError(f"{value!r} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
+            raise ValueError(f"{_shown(value)} is not a duration; write seconds (90) or text (90s, 10m, 2h)")
     else:
         try:
             seconds = float(value)
         except OverflowError:
             raise ValueError("that is not a finite duration") from None
     if seconds != seconds or seconds == float("inf"):
-        raise ValueError(f"{value!r} is not a finite duration")
+        raise ValueError(f"{_shown(value)} is not a finite duration")
     if seconds < 0:
-        raise ValueError(f"{value!r} is negative; a duration is never below zero")
+        raise ValueError(f"{_shown(value)} is negative; a duration is never below zero")
+    if seconds > _LONGEST_TIME:
+        raise ValueError(f"{_shown(value)} is over 300 years; leave the key out for the default")
     return seconds
 
 
@@ -98,7 +120,9 @@ def _auto_or_duration(value: object) -> object:
 
 def _whole_number(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{value!r} is not a whole number")
+        raise ValueError(f"{_shown(value)} is not a whole number")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{_shown(value)} is over {_LARGEST:,}")
     return value
 
 
@@ -106,12 +130,44 @@ def _names(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _printable(value: str) -> str:
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError(f"{_shown(value)} holds characters that cannot be shown")
+    return value
+
+
+def _glob(value: str) -> str:
+    try:
+        re.compile(fnmatch.translate(value))
+    except re.error as error:  # "[z-a]" before Python 3.10.5
+        raise ValueError(f"{_shown(value)} is no pattern ({error})") from None
+    return value
+
+
+def _file(value: str) -> str:
+    try:
+        os.fsencode(Path(_printable(value)).expanduser())
+    except (ValueError, RuntimeError):  # half a character; the home of a user that there is not
+        raise ValueError(f"{_shown(value)} is no path of a file") from None
+    if not value.strip():
+        raise ValueError("that is no path of a file")
+    return value
+
+
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Deadline = Annotated[float, BeforeValidator(_positive_duration)]
 #: Learned from how fast the server has been, or as the user says.
 LearnedDeadline = Annotated[Union[Literal["auto"], float], BeforeValidator(_auto_or_duration)]
 Count = Annotated[int, BeforeValidator(_whole_number)]
-Globs = Annotated[List[StrictStr], BeforeValidator(_names), Field(min_length=1)]
+Name = Annotated[StrictStr, Field(max_length=300), AfterValidator(_printable)]
+FilePath = Annotated[StrictStr, Field(max_length=4000), AfterValidator(_file)]
+Globs = Annotated[List[Annotated[Name, AfterValidator(_glob)]], BeforeValidator(_names), Field(min_length=1)]
+
+
+def _name(key: object) -> str:
+    """A key as it is compared and shown: YAML takes any value for one, of any length."""
+    text = key if isinstance(key, str) else _shown(key)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _complain(title: str, location: Tuple[Union[int, str], ...], message: str, value: object) -> ValidationError:
@@ -138,7 +194,8 @@ class _Section(BaseModel):
         if isinstance(value, dict):
             for key in value:
                 if key not in cls.model_fields:
-                    raise _complain(cls.__name__, (str(key),), _unknown(str(key), cls), value[key])
+                    name = _name(key)
+                    raise _complain(cls.__name__, (name,), _unknown(name, cls), value[key])
         return value
 
 
@@ -152,14 +209,16 @@ def refuse_misplaced(llm: Dict[str, Any], known: List[str]) -> None:
     Raises:
         pydantic.ValidationError: a key that belongs below ``local``, or a misspelling of a known one.
     """
-    for key in map(str, llm):
+    for written in llm:
+        key = _name(written)
         if key in known:
             continue
         homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         if homes or near:
             hint = f"it belongs to 'llm.{homes[0]}'" if homes else f"did you mean '{near[0]}'?"
-            raise _complain("LLMConfig", (key,), f"there is no setting '{key}' here; {hint}", llm[key])
+            # Without its value: it may be a key that is misspelt, api_kye.
+            raise _complain("LLMConfig", (key,), f"there is no setting '{key}' here; {hint}", None)
 
 
 def _unknown(key: str, section: type[_Section]) -> str:
@@ -207,7 +266,7 @@ class Match(_Section):
 class Tier(_Section):
     """A kind of task with deadlines of its own, in seconds; what is left out comes from ``timeouts``."""
 
-    name: StrictStr = Field(min_length=1)
+    name: Name = Field(min_length=1)
     match: Match = Match()
     connect: Optional[Deadline] = None
     first_token: Optional[LearnedDeadline] = None
@@ -241,16 +300,16 @@ class ContextSettings(_Section):
 
     window: Union[Literal["auto"], int] = Field("auto", description="auto: what the server has loaded")
     reserve: Union[Literal["auto"], int] = Field("auto", description="kept free for the answer; auto: max_token, a quarter at most")
-    policy: StrictStr = Field("oldest", description="oldest, middle, observations, or package.module:function")
+    policy: Name = Field("oldest", description="oldest, middle, observations, or package.module:function")
     low_water: float = Field(0.6, description="share of the room that is filled after a trim")
     oversized: Literal["cut", "refuse"] = Field("cut", description="what is done with a single message that is too large")
-    tokenizer: Optional[StrictStr] = Field(None, description="path of a tokenizer.json, for servers that do not count")
+    tokenizer: Optional[FilePath] = Field(None, description="path of a tokenizer.json, for servers that do not count")
 
     @field_validator("low_water", mode="before")
     @classmethod
     def _share(cls, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise ValueError(f"{value!r} is not a share above 0 and at most 1, such as 0.6")
+            raise ValueError(f"{_shown(value)} is not a share above 0 and at most 1, such as 0.6")
         return float(value)
 
     @field_validator("policy")
@@ -276,8 +335,8 @@ class ContextSettings(_Section):
     def _tokens(cls, value: object) -> object:
         if value == "auto":
             return value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{value!r} is neither 'auto' nor a number of tokens of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+            raise ValueError(f"{_shown(value)} is neither 'auto' nor a number of tokens of at least 1")
         return value
 
     @model_validator(mode="after")
@@ -292,12 +351,15 @@ _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 
 def _size(value: object) -> int:
     """Bytes, from a number of them or from text such as ``"500MB"``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b)?", value.strip().lower()) if isinstance(value, str) else None
+    text = value.strip().lower() if isinstance(value, str) and len(value) <= _LONGEST else ""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b)?", text)
     if found is not None and found[2] in (None, *_BYTES):
-        return int(float(found[1]) * _BYTES[found[2] or "b"])
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is not a size; write bytes (1000000) or text (500MB, 2GB)")
-    return value
+        size: object = int(float(found[1]) * _BYTES[found[2] or "b"])
+    else:
+        size = value
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**63:
+        raise ValueError(f"{_shown(value)} is not a size; write bytes (1000000) or text (500MB, 2GB)")
+    return size
 
 
 Bytes = Annotated[int, BeforeValidator(_size)]
@@ -314,7 +376,7 @@ class JournalSettings(_Section):
     """The record of all runs and calls, from which a run that was killed goes on."""
 
     enabled: StrictBool = True
-    path: StrictStr = Field("~/.metagpt/localllm/state.db", description="the learned speeds are there, too")
+    path: FilePath = Field("~/.metagpt/localllm/state.db", description="the learned speeds are there, too")
     resume: Literal["auto", "ask", "never"] = Field("auto", description="whether a run that was left unfinished goes on")
     keep: KeepSettings = KeepSettings()
 
@@ -335,7 +397,7 @@ class TelemetrySettings(_Section):
     """Spans of OpenTelemetry, one for each call. They need the extra ``otel``."""
 
     enabled: StrictBool = False
-    endpoint: Optional[StrictStr] = Field(None, description="URL of an OTLP/HTTP receiver; none: the application's own TracerProvider")
+    endpoint: Optional[Name] = Field(None, description="URL of an OTLP/HTTP receiver; none: the application's own TracerProvider")
     content: StrictBool = Field(False, description="whether prompts, answers and the words of errors go along")
 
     @field_validator("endpoint")
@@ -376,14 +438,14 @@ class LocalSettings(_Section):
     journal: JournalSettings = JournalSettings()
     progress: ProgressSettings = ProgressSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
-    server: StrictStr = Field("auto", description="what the server is; auto asks it")
+    server: Name = Field("auto", description="what the server is; auto asks it")
     concurrency: Union[Literal["auto"], Count] = Field("auto", description="requests that we let it have at once")
 
     @field_validator("concurrency", mode="before")
     @classmethod
     def _places(cls, value: object) -> object:
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{value!r} is neither 'auto' nor a number of requests of at least 1")
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST):
+            raise ValueError(f"{_shown(value)} is neither 'auto' nor a number of requests of at least 1")
         return value
 
     @field_validator("progress", mode="before")

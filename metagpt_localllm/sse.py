@@ -10,12 +10,16 @@ from typing import Optional
 
 __all__ = ["MAX_EVENT_BYTES", "EventTooLarge", "SSEDecoder"]
 
-#: One event over this many bytes is no token but a fault.
+#: One event, or one line, over this many bytes is no token but a fault.
 MAX_EVENT_BYTES = 16 * 1024 * 1024
+_BOM = b"\xef\xbb\xbf"
 
 
 class EventTooLarge(ValueError):
-    """One event of the stream is over MAX_EVENT_BYTES."""
+    """One event or one line of the stream is over MAX_EVENT_BYTES."""
+
+    def __init__(self) -> None:
+        super().__init__(f"an event of the stream is over {MAX_EVENT_BYTES:,} bytes")
 
 
 class SSEDecoder:
@@ -29,20 +33,24 @@ class SSEDecoder:
     def __init__(self) -> None:
         self.comments = 0
         self.comment = b""
-        self._rest = b""
+        self._rest = bytearray()  # of a line that has not ended; grows in place, for portions may be single bytes
         self._data: list[bytes] = []
+        self._size = 0  # of _data
+        self._began = False
 
     def feed(self, portion: bytes) -> list[bytes]:
         """The data of the events that ``portion`` completes.
 
         Raises:
-            EventTooLarge: an event does not end.
+            EventTooLarge: an event or a line does not end.
         """
-        buffer = self._rest + portion if self._rest else portion
-        lines = buffer.split(b"\n")
-        self._rest = lines.pop()
-        if len(self._rest) > MAX_EVENT_BYTES or sum(map(len, self._data)) + len(self._data) > MAX_EVENT_BYTES:
-            raise EventTooLarge(f"an event of the stream is over {MAX_EVENT_BYTES:,} bytes")
+        *lines, rest = portion.split(b"\n")
+        if lines and self._rest:
+            lines[0] = bytes(self._rest) + lines[0]
+            self._rest.clear()
+        self._rest += rest
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise EventTooLarge
         events: list[bytes] = []
         for line in lines:
             event = self._line(line[:-1] if line.endswith(b"\r") else line)
@@ -55,14 +63,21 @@ class SSEDecoder:
         return self.feed(b"\n\n") if self._rest or self._data else []
 
     def _line(self, line: bytes) -> Optional[bytes]:
+        if not self._began:
+            self._began = True
+            line = line[len(_BOM) :] if line.startswith(_BOM) else line
         if not line:
             if not self._data:
                 return None
             data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
-            self._data = []
+            self._data, self._size = [], 0
             return data or None  # an event without data is none (WHATWG): some gateways ping with it
         if line.startswith(b"data:"):
-            self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+            data = line[6:] if line[5:6] == b" " else line[5:]
+            self._size += len(data) + 1
+            if self._size > MAX_EVENT_BYTES:
+                raise EventTooLarge
+            self._data.append(data)
         elif line.startswith(b":"):
             self.comments += 1
             self.comment = line[1:]

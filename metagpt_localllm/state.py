@@ -20,6 +20,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Hashable, Iterator, Literal, Mapping, Optional, TypeVar
 
+from metagpt_localllm.quoting import quoted
+
 __all__ = ["State", "state_at", "transaction"]
 
 #: Version of the tables. A file of an older one is brought forward by MIGRATIONS, one step each.
@@ -83,6 +85,8 @@ _MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX replays_of ON replays (run);
     """,
 )
+#: What each version has added.
+_TABLES: tuple[frozenset[str], ...] = (frozenset({"samples"}), frozenset({"runs", "calls", "drafts"}), frozenset({"replays"}))
 #: Samples kept of each server and model: enough for a quantile of 0.99, few enough to be read at every start.
 _KEPT = 200
 #: Seconds that a read, and a write from the thread, wait for others' writes.
@@ -158,7 +162,7 @@ class State:
                 "SELECT sample FROM samples WHERE server = ? AND model = ? ORDER BY id DESC LIMIT ?",
                 (server, model, _KEPT),
             ).fetchall()
-            return [json.loads(row[0]) for row in reversed(rows)]
+            return [sample for sample in map(_sample, reversed(rows)) if sample is not None]
 
         return self.read(query, [])
 
@@ -199,9 +203,9 @@ class State:
             The default where there is no file, and, after a warning, where it cannot be read.
         """
         self._here()
-        if not self.path.exists():
-            return default
         try:
+            if not self.path.exists():
+                return default
             with self._opening:  # the thread does not change over to another file meanwhile
                 database = self._open_to_read()
                 try:
@@ -344,6 +348,7 @@ class State:
             database = sqlite3.connect(self.path, timeout=_BUSY, isolation_level=None, factory=_Connection)
             try:
                 database.inode = seen[0]
+                database.text_factory = _text
                 _version(database)
                 if not _number(database, "page_count"):
                     database.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -368,14 +373,15 @@ class State:
             name = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
             database = sqlite3.connect(name, uri=True, isolation_level=None, factory=_Connection)
             try:
-                _version(database)
+                database.text_factory = _text
+                _checked_version(database)
             except BaseException:
                 database.close()
                 raise
             return database
 
     def _migrate(self, database: sqlite3.Connection) -> None:
-        if _version(database) == _VERSION:
+        if _checked_version(database) == _VERSION:
             return
         with transaction(database):
             # Another process may have done it while we waited.
@@ -386,7 +392,9 @@ class State:
 
     def _set_aside(self, error: Exception, inode: int) -> None:
         """Makes way for a new file if that of this inode is damaged; raises the error if that is no help."""
-        damaged = type(error) is sqlite3.DatabaseError and ("malformed" in str(error) or "not a data" in str(error))
+        said = str(error)
+        damaged = type(error) is sqlite3.DatabaseError and ("malformed" in said or "not a data" in said)
+        damaged = damaged or (isinstance(error, sqlite3.DatabaseError) and said == "unsupported file format")
         if not damaged or not inode:
             raise error
         with self._locked("alone"):
@@ -404,7 +412,7 @@ class State:
                     self._beside(end).rename(self.path.with_name(name + end))
         self.say(
             "damaged",
-            f"{self.path} was damaged ({error}). It is now called {name}, and a new one is begun: {_GONE}",
+            f"{self.path} was damaged ({quoted(said)}). It is now called {name}, and a new one is begun: {_GONE}",
         )
 
     def _is_other(self, inode: int) -> bool:
@@ -436,13 +444,22 @@ class State:
     # ------------------------------------------------------------------------------------------ warnings
 
     def _complain(self, error: Exception) -> None:
-        self.say(type(error).__name__, f"{self.path} cannot be used ({error}). {_LOST}")
+        self.say(type(error).__name__, f"{self.path} cannot be used ({quoted(str(error))}). {_LOST}")
 
     def say(self, reason: str, text: str) -> None:
         """Warns, once for each reason."""
         if reason not in self._said:
             self._said.add(reason)
             self._warn(text)
+
+
+def _sample(row: tuple[Any, ...]) -> Optional[Mapping[str, Any]]:
+    """None where a disk has changed some bytes of it: the others are as good as before."""
+    try:
+        sample = json.loads(row[0])
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return sample if isinstance(sample, dict) else None
 
 
 def _create(path: Path) -> None:
@@ -466,6 +483,32 @@ def _version(database: sqlite3.Connection) -> int:
     if version > _VERSION:
         raise OSError(f"it was written by a newer metagpt-localllm (version {version} of its tables)")
     return version
+
+
+def _checked_version(database: sqlite3.Connection) -> int:
+    """The version of the file's tables, which are there.
+
+    Raises:
+        OSError: it is of a newer release, or the database of another program.
+        sqlite3.DatabaseError: it is damaged.
+    """
+    database.execute("BEGIN")  # both of one moment: another process may bring it forward
+    try:
+        version = _version(database)
+        named = database.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+        there, ours = {str(name) for (name,) in named.fetchall()}, set().union(*_TABLES)
+    finally:
+        database.rollback()
+    if there and not there & ours:
+        raise OSError("it is the database of another program")
+    if version < 0 or there & ours != set().union(*_TABLES[:version]):
+        raise sqlite3.DatabaseError(f"malformed: tables of version {version} are missing or too many")
+    return version
+
+
+def _text(held: bytes) -> str:
+    """TEXT of which a disk has changed some bytes fails no query: only its row is of no use."""
+    return held.decode("utf-8", "replace")
 
 
 _states: dict[str, State] = {}

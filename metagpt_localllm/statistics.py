@@ -210,14 +210,14 @@ def per_call(run_id: str, call: CallRecord) -> CallFigures:
     )  # fmt: skip
 
 
-def per_replay(replay: Replay, call: Optional[CallRecord] = None) -> CallFigures:
+def per_replay(replay: Replay, call: Optional[CallRecord]) -> CallFigures:
     """The figures of an answer that was given again: whose it is, when, and what it saved.
 
     Args:
         call: that it was the answer of; None where it can no longer be read.
     """
     return CallFigures(
-        run=replay.run, number=replay.number, outcome="replayed", started=replay.at, sent=None, ended=replay.at,
+        run=replay.run, number=replay.number, outcome="replayed", started=replay.at, ended=replay.at,
         action=str(call.action) if call else "", role=str(call.role) if call else "", model=str(call.model) if call else "",
         tier=str(call.tier) if call else "", server=str(call.server) if call else "", saved_tokens=_count(replay.tokens) or 0,
     )  # fmt: skip

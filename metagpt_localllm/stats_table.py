@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metagpt_localllm.statistics import CallFigures, Group, Percentiles
+from metagpt_localllm.wording import counted, printable, rate
 
 __all__ = ["render"]
 
@@ -182,7 +183,7 @@ def _blocks(console: Console, groups: Sequence[Group], total: Group, dimensions:
 
 def _lines(group: Group) -> list[str]:
     """A group in some lines of about 50 characters."""
-    counts = [f"{group.calls:,} calls"]
+    counts = [counted(group.calls, "call")]
     for name in ("failed", "cancelled", "unfinished", "replayed"):
         count = getattr(group, name)
         counts += [f"{count:,} {name}"] if count else []
@@ -197,7 +198,7 @@ def _lines(group: Group) -> list[str]:
     if group.prompt is not None:
         cached = "" if group.cached_share is None else f", {group.cached_share:.0%} cached"
         lines.append(f"prompt p50 {_tokens(group.prompt.p50)}, max {_tokens(group.prompt.most)} tokens{cached}")
-    lines.append(f"{group.retries:,} retries, {group.timeouts:,} timeouts")
+    lines.append(f"{counted(group.retries, 'retry', 'retries')}, {counted(group.timeouts, 'timeout')}")
     lines.append(f"{_tokens(group.trimmed_tokens)} tokens trimmed, {_tokens(group.saved_tokens)} saved")
     return lines
 
@@ -209,18 +210,17 @@ def _heading(total: Group, figures: Sequence[CallFigures]) -> str:
     runs, moments = len({one.run for one in figures}), [one.started for one in figures]
     first, last = (time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) for when in (min(moments), max(moments)))
     period = first if first == last else f"{first} to {last[11:] if first[:10] == last[:10] else last}"
-    replayed = f", {_many(total.replayed, 'answer')} given again" if total.replayed else ""
-    return f"{_many(total.calls, 'call')}{replayed} in {_many(runs, 'run')}, {period}"
+    replayed = f", {counted(total.replayed, 'answer')} given again" if total.replayed else ""
+    return f"{counted(total.calls, 'call')}{replayed} in {counted(runs, 'run')}, {period}"
 
 
 def _remarks(total: Group, dropped: Sequence[str], width: Optional[int]) -> list[str]:
     """What the figures do not say by themselves."""
     lines = []
     if total.errors:
-        lines.append(f"Requests that failed: {', '.join(f'{_plain(name)} {count:,}' for name, count in total.errors.items())}")
+        lines.append(f"Requests that failed: {', '.join(f'{printable(name)} {count:,}' for name, count in total.errors.items())}")
     if total.superseded:
-        was = "call was" if total.superseded == 1 else "calls were"
-        lines.append(f"{total.superseded:,} {was} made again by a run that went on; they count, too.")
+        lines.append(f"{counted(total.superseded, 'call was', 'calls were')} made again by a run that went on; they count, too.")
     if total.queued >= 1:
         lines.append(f"Waiting for a turn on our side took {_seconds(total.queued)} more.")
     lines.append("ttft (time to first token) and total are of answered calls.")
@@ -229,17 +229,8 @@ def _remarks(total: Group, dropped: Sequence[str], width: Optional[int]) -> list
     return lines
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def _key(group: Group, name: str) -> str:
-    return _plain(dict(group.keys).get(name, "")) or "-"
-
-
-def _plain(text: str) -> str:
-    """Without what a terminal would take for a command, or cannot show."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return printable(dict(group.keys).get(name, "")) or "-"
 
 
 def _seconds(value: float) -> str:
@@ -260,6 +251,4 @@ def _tokens(value: float) -> str:
 
 
 def _speed(value: Optional[float]) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
+    return "" if value is None else rate(value)

@@ -11,7 +11,8 @@ its parent is the one that was current when the call began. The attempts have sp
 here and the pause before the next may, too; they are INTERNAL and carry no ``gen_ai.*``, so that no token is counted twice.
 
 What the events tell on the way (retries, waits, stalls …) becomes events of the span. All that has no name in the conventions
-is below ``metagpt_localllm.``; times there are in seconds. Nothing is done per token, nor per proof that the server works. Whatever fails in here harms no call.
+is below ``metagpt_localllm.``; times there are in seconds. Nothing is done per token, nor per proof that the server works.
+Whatever fails in here harms no call.
 
 What was asked and answered goes along with ``content: true`` only, and so do the words of errors: a server may quote the
 prompt in them. API keys never do.
@@ -293,6 +294,7 @@ def _meaning(kind: Optional[type]) -> str:
 
 
 def _say(what: str) -> None:
+    """What ``tell_by`` was given last; always this one function, since ``provider_for`` makes a provider for each that it gets."""
     _tell(what)
 
 

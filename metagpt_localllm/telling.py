@@ -7,6 +7,7 @@ from typing import Any, Callable
 from metagpt_localllm import events
 from metagpt_localllm.events import Event
 from metagpt_localllm.tiers import Caller
+from metagpt_localllm.wording import counted
 
 __all__ = ["log_to", "name_of"]
 
@@ -27,9 +28,9 @@ def log_to(logger: Any) -> Callable[[Event], None]:
         elif isinstance(event, events.Queued):
             logger.info(f"{who}: waits for its turn behind {event.ahead} at this server.")
         elif isinstance(event, events.Continued):
-            logger.info(f"{who}: goes on with the {event.tokens:,} tokens that there are of the answer.")
+            logger.info(f"{who}: goes on with what there is of the answer: {counted(event.tokens, 'token')}.")
         elif isinstance(event, events.Replayed):
-            logger.info(f"{who}: answered from the journal (call {event.number} there, {event.tokens:,} tokens); nothing is sent.")
+            logger.info(f"{who}: answered from the journal (call {event.number} there, {counted(event.tokens, 'token')}); nothing is sent.")
         elif isinstance(event, events.Retry):
             logger.warning(f"{who}: attempt {event.attempt} failed: {event.detail}. Next in {event.delay:.1f} s.")
         elif isinstance(event, events.Loading):
@@ -50,7 +51,7 @@ def log_to(logger: Any) -> Callable[[Event], None]:
 
 def _done(logger: Any, who: str, event: events.Done) -> None:
     first = f", first token after {event.ttft:.1f} s" if event.ttft is not None else ""
-    omitted = f", {event.changed_messages:,} messages left out or shortened" if event.changed_messages else ""
+    omitted = f", {counted(event.changed_messages, 'message')} left out or shortened" if event.changed_messages else ""
     logger.info(
         f"{who}: {event.prompt_tokens:,} tokens in, {event.completion_tokens:,} out in {event.elapsed:.1f} s"
         f"{first} (tier {event.call.tier}, {event.finish_reason}{omitted})"
@@ -68,4 +69,4 @@ def _done(logger: Any, who: str, event: events.Done) -> None:
 
 def _lost(trim: events.Trimmed) -> str:
     counts = {"left out": trim.dropped_messages, "shortened": trim.shortened_messages, "made one line": trim.replaced_messages}
-    return ", ".join(f"{count} message{'s' * (count > 1)} {how}" for how, count in counts.items() if count)
+    return ", ".join(f"{counted(count, 'message')} {how}" for how, count in counts.items() if count)

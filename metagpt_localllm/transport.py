@@ -1,24 +1,22 @@
-"""HTTP to the model server: one httpx client per event loop, without connections that outlive a request."""
+"""HTTP to the model server: an httpx client for each request, without connections that outlive it."""
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import ssl
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Optional
 from urllib.parse import urlsplit, urlunsplit
-from weakref import WeakKeyDictionary
 
 import httpx
+
+from metagpt_localllm.quoting import SECRET
 
 __all__ = ["Endpoint", "client_for", "is_address", "is_local", "without_login"]
 
 #: MetaGPT's own default of ``llm.api_key``: no key at all.
 _NO_KEY = "sk-"
-#: Characters of a key from which on it is struck out of texts: shorter ones are parts of words.
-_SECRET = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Endpoint:
             headers["authorization"] = f"Bearer {self.api_key}"
         return headers
 
-    def without_key(self, text: str, least: int = _SECRET) -> str:
+    def without_key(self, text: str, least: int = SECRET) -> str:
         """``text`` with … for the key, which a server may quote, where that has at least so many characters."""
         return text.replace(self.api_key, "…") if len(self.api_key) >= least else text
 
@@ -88,30 +86,21 @@ def is_local(url: str) -> bool:
         return host == "localhost"
 
 
-_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Optional[str], bool], httpx.AsyncClient]] = (
-    WeakKeyDictionary()
-)
-
-
 def client_for(endpoint: Endpoint) -> httpx.AsyncClient:
-    """The client of the running event loop.
+    """A client for one request; it need not be closed.
 
-    It keeps no idle connection, so that there is nothing to close when its loop ends, and so that a
-    request never meets a connection that the server has just dropped. The environment's proxies are
-    not for servers on this machine.
+    It keeps no idle connection, so that nothing outlives its request, and so that a request never meets a connection
+    that the server has just dropped. A shared client would gain nothing from that, and its pool walks through all its
+    connections whenever one begins or ends: with a thousand of them that is most of the CPU time. The environment's
+    proxies are not for servers on this machine.
     """
-    clients = _clients.setdefault(asyncio.get_running_loop(), {})
-    trust_environment = endpoint.proxy is None and not is_local(endpoint.base_url)
-    key = (endpoint.proxy, trust_environment)
-    if key not in clients:
-        clients[key] = httpx.AsyncClient(
-            proxy=endpoint.proxy,
-            trust_env=trust_environment,
-            verify=_ssl_context(),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            timeout=None,
-        )
-    return clients[key]
+    return httpx.AsyncClient(
+        proxy=endpoint.proxy,
+        trust_env=endpoint.proxy is None and not is_local(endpoint.base_url),
+        verify=_ssl_context(),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        timeout=None,
+    )
 
 
 @lru_cache(maxsize=1)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Callable, Iterator, Literal, Mapping, Optional, Sequence, Union
+from typing import Callable, Iterator, Mapping, Optional, Sequence
 
 from metagpt_localllm.messages import Message
-from metagpt_localllm.policies import Drop, Policy, Replace, Turn, oldest
+from metagpt_localllm.policies import Drop, Policy, Replace, Step, Turn, oldest
+from metagpt_localllm.shortening import Keep
 
 __all__ = ["Change", "Shorten", "Trimmed", "trim"]
 
@@ -21,7 +22,7 @@ __all__ = ["Change", "Shorten", "Trimmed", "trim"]
 Change = Optional[Message]
 #: ``(position, message, target, keep)``: the message with so much less text that it has at most ``target`` tokens, or as few
 #: as it can be given; None where nothing can be taken.
-Shorten = Callable[[int, Message, float, Literal["both", "start", "end"]], Optional[Message]]
+Shorten = Callable[[int, Message, float, Keep], Optional[Message]]
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class _Trim:
         if self.tokens > self.budget and self.cut_fixed:
             self._cut_largest([*fixed, *last_word], self.tokens - self.budget)
 
-    def _steps(self, turns: Sequence[Turn], room: int) -> Iterator[Union[Drop, Replace]]:
+    def _steps(self, turns: Sequence[Turn], room: int) -> Iterator[Step]:
         most = 4 * len(self.kept) + 4
         try:
             for step in itertools.islice(self.policy(turns, room), most):
@@ -128,7 +129,7 @@ class _Trim:
     def _turn(self, indices: Sequence[int]) -> Turn:
         return Turn(indices, [self.kept[index] for index in indices], round(sum(self.sizes[index] for index in indices)))
 
-    def _drop(self, steps: Iterator[Union[Drop, Replace]], mark: float, free: set[int]) -> None:
+    def _drop(self, steps: Iterator[Step], mark: float, free: set[int]) -> None:
         """Takes steps until the mark is reached; those that touch what is fixed are not taken."""
         for step in steps:
             if self.tokens <= mark:
@@ -162,7 +163,7 @@ class _Trim:
                     self._cut(index, level)
         return before - self.tokens
 
-    def _cut(self, index: int, target: float, keep: Literal["both", "start", "end"] = "both") -> None:
+    def _cut(self, index: int, target: float, keep: Keep = "both") -> None:
         shorter = self._shorten(index, self.kept[index], max(target, 0), keep)
         if shorter is not None:
             self._change(index, shorter, self.shortened)

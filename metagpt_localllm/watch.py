@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from typing import Callable, Hashable, Optional, Union
+import math
+from typing import Any, Callable, Coroutine, Hashable, Optional, Union
+from weakref import WeakKeyDictionary
 
 import anyio
 import httpx
@@ -27,6 +29,9 @@ _log = logging.getLogger(__name__)
 _FIRST = 1.0
 #: Seconds between two looks. llama.cpp notices a client that left later when it is asked more often (measured, b11549).
 _INTERVAL = 1.5
+#: Seconds for which what one call has seen serves the others that wait for the same server: less than two looks of one
+#: call are apart, and than a call is silent before it looks.
+_SHARED = 0.5
 #: Seconds before a refused connection is tried once more.
 _AGAIN = 0.2
 #: Seconds that a question may take; at the least, in scaled time.
@@ -116,13 +121,51 @@ async def watch(
             evidence.forget()
             await anyio.sleep(left)
             continue
-        seen = await _look(server, endpoint, limit, only_health=evidence.mute)
+        seen = await _shared_look(server, endpoint, limit, only_health=evidence.mute, keep=_SHARED / scale)
         failure = evidence.weigh(seen, silence())
         if failure is not None:
             return failure
         if evidence.alive:
             proof(seen is Seen.LOADING or (isinstance(seen, Work) and seen.loading))
         await anyio.sleep((_AGAIN if seen is Seen.REFUSED else _INTERVAL) / scale)
+
+
+class _Look:
+    """A look that several calls wait for."""
+
+    def __init__(self, looking: Coroutine[Any, Any, Union[Seen, Work]]) -> None:
+        self.waiting = 0
+        self.until = math.inf  # it is of use until then
+        self.task = asyncio.ensure_future(looking)
+
+
+_looks: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Endpoint, bool], _Look]] = WeakKeyDictionary()
+
+
+async def _shared_look(
+    server: Server, endpoint: Endpoint, limit: float, *, only_health: bool, keep: float
+) -> Union[Seen, Work]:
+    """One look for all calls that want one now: hundreds of them would ask a busy server hundreds of times a second."""
+    loop = asyncio.get_running_loop()
+    looks, key = _looks.setdefault(loop, {}), (endpoint, only_health)
+    look = looks.get(key)
+    if look is None or loop.time() >= look.until:
+        look = looks[key] = _Look(_look(server, endpoint, limit, only_health=only_health))
+    look.waiting += 1
+    try:
+        seen = await asyncio.shield(look.task)
+    except BaseException:
+        if looks.get(key) is look and (look.task.done() or look.waiting == 1):
+            del looks[key]
+        raise
+    finally:
+        look.waiting -= 1
+        if not look.waiting:
+            look.task.cancel()  # nobody waits for it any more
+    if look.until == math.inf:
+        # A refusal is tried once more, which is to be another look.
+        look.until = loop.time() + (keep if seen is not Seen.REFUSED else 0.0)
+    return seen
 
 
 async def _look(server: Server, endpoint: Endpoint, limit: float, *, only_health: bool) -> Union[Seen, Work]:

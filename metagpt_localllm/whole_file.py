@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-__all__ = ["fill", "own", "replace_file"]
+__all__ = ["copy_owner_and_mode", "replace_file", "write_and_close"]
 
 
 def replace_file(target: Path, content: bytes, like: Optional[os.stat_result] = None) -> None:
@@ -24,9 +24,9 @@ def replace_file(target: Path, content: bytes, like: Optional[os.stat_result] = 
     # mkstemp's files are 0600.
     descriptor, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
-        fill(descriptor, content)
+        write_and_close(descriptor, content)
         if like is not None:
-            own(Path(draft), like)
+            copy_owner_and_mode(Path(draft), like)
         os.replace(draft, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -34,7 +34,7 @@ def replace_file(target: Path, content: bytes, like: Optional[os.stat_result] = 
         raise
 
 
-def own(path: Path, like: os.stat_result) -> None:
+def copy_owner_and_mode(path: Path, like: os.stat_result) -> None:
     """Gives a file the owner, where that is allowed, and the mode of another."""
     if hasattr(os, "chown"):
         with contextlib.suppress(PermissionError):
@@ -42,7 +42,7 @@ def own(path: Path, like: os.stat_result) -> None:
     os.chmod(path, stat.S_IMODE(like.st_mode))
 
 
-def fill(descriptor: int, content: bytes) -> None:
+def write_and_close(descriptor: int, content: bytes) -> None:
     """Writes to an open file down to the disk, and closes it."""
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

@@ -88,7 +88,7 @@ class RawServer:
     """Says literally what a test gives it: to the n-th chat request the n-th answer, the last one again and again.
 
     An answer is bytes of a stream, or a whole HTTP response when it begins with HTTP. ``about`` answers GETs and
-    counts (path → JSON or an awaitable that gives it); what it does not name is 404.
+    counts (path → JSON, a whole HTTP response as bytes, or an awaitable that gives one); what it does not name is 404.
     """
 
     def __init__(self, *answers, about=None, hold=False):
@@ -131,6 +131,9 @@ class RawServer:
     async def _about(self, writer, path):
         found = self.about.get(path)
         found = await found() if callable(found) else found
+        if isinstance(found, bytes):
+            writer.write(found)
+            return await writer.drain()
         status = "404 Not Found" if found is None else "200 OK"
         body = json.dumps(found if found is not None else {}).encode()
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -196,7 +199,7 @@ def llama_cpp(tiny_gguf):
 
 
 def pytest_addoption(parser):
-    names = ["llama-cpp-python", "mlx-lm", "transformers", "vllm", "all"]
+    names = ["llama-cpp-python", "mlx-lm", "transformers", "vllm", "litellm", "all"]
     parser.addoption("--server", choices=names, help="with -m real: the server to install, to start and to test")
 
 

@@ -32,7 +32,6 @@ class Promise:
         cached: its stream tells the tokens that came from the cache.
         clock: its stream tells seconds.
         work: it shows its work while it runs.
-        resumes: a stream can be taken up again.
         continues: "repeats" the beginning where the answer is not streamed, gives "new" text only, or "".
     """
 
@@ -44,7 +43,6 @@ class Promise:
     cached: bool = False
     clock: bool = False
     work: bool = False
-    resumes: bool = False
     continues: str = ""
 
 
@@ -198,51 +196,6 @@ async def joins_a_cut_answer_to_what_it_would_have_been(endpoint, promise):
     assert joined or not promise.continues
 
 
-def client_without_connections():
-    """As the package's own: llama.cpp closes an idle connection just when the next request goes out."""
-    return httpx.AsyncClient(trust_env=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
-
-
-async def begin(client, endpoint, body, headers, events=3):
-    """The bytes of a stream that the client leaves after so many events."""
-    data = b""
-    request = {"json": {**body, "stream": True}, "headers": dict(headers)}
-    async with client.stream("POST", endpoint.chat_url, **request) as response:
-        async for portion in response.aiter_raw():
-            data += portion
-            if data.count(b"\n\n") >= events:
-                break
-    return data
-
-
-def text_of(stream):
-    chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith(b"data: {")]
-    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
-
-
-async def takes_up_a_stream_that_lost_its_connection(endpoint, promise):
-    server = await identified(endpoint)
-    name, body = "one/two three", body_for(endpoint, max_tokens=60)
-    paths = server.path_to_resume(name, 0), server.path_to_stop(name)
-    assert bool(server.headers_to_resume(name)) == bool(paths[0]) == bool(paths[1]) == promise.resumes
-    if not promise.resumes:
-        return
-    async with client_without_connections() as client:
-        whole = (await read_stream(endpoint, body))[2]
-        for back in (0, 1, 9):  # at the end of an event, and within it
-            data = await begin(client, endpoint, body, server.headers_to_resume(name))
-            data = data[: len(data) - back]
-            rest = await client.get(endpoint.root + server.path_to_resume(name, len(data)))
-            assert (rest.status_code, text_of(data + rest.content)) == (200, whole)
-            assert (data + rest.content).endswith(b"data: [DONE]\n\n")
-            again = await client.get(endpoint.root + paths[0])
-            assert again.content == data + rest.content, "it is kept when it has ended"
-        beyond = await client.get(endpoint.root + server.path_to_resume(name, 10**9))
-        assert (beyond.status_code, beyond.content) == (200, b"")
-        assert [(await client.delete(endpoint.root + paths[1])).status_code for _ in range(2)] == [204, 204]
-        assert (await client.get(endpoint.root + paths[0])).status_code == 404
-
-
 async def is_taken_for_what_the_user_says(endpoint, promise):
     server = await identified(endpoint, promise.name)
     assert server.name == promise.name
@@ -257,6 +210,5 @@ CHECKS = (
     shows_its_work_or_is_left_alone,
     continues_where_it_can,
     joins_a_cut_answer_to_what_it_would_have_been,
-    takes_up_a_stream_that_lost_its_connection,
     is_taken_for_what_the_user_says,
 )

@@ -1,10 +1,13 @@
 """An answer that goes on where another broke off."""
 
+import json
+import tracemalloc
+
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from metagpt_localllm.answer import Answer, may_continue, seam
+from metagpt_localllm.answer import Answer, AnswerTooLarge, OddChunk, chunk_of, may_continue, seam
 
 STORY = "Once upon a time there was a snake, 12 tiles long.\n\nIt lived in a terminal, and it ate (mostly) apples."
 
@@ -178,3 +181,95 @@ def test_no_more_of_the_prompt_came_from_the_cache_than_it_has():
     details = {"prompt_tokens_details": {"cached_tokens": 53}}
     answer.add({**chunk(finish="stop"), "usage": {"prompt_tokens": 54, "completion_tokens": 30, **details}})
     assert answer.usage["prompt_tokens_details"] == {"cached_tokens": 24}
+
+
+# ------------------------------------------------------------------------------------------- odd chunks
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+
+
+def _or_anything(strategy):
+    return st.one_of(strategy, strategy, JSON)
+
+
+_CALL = st.fixed_dictionaries(
+    {}, optional={"index": _or_anything(st.integers(-2, 3)), "id": JSON,
+                  "function": _or_anything(st.fixed_dictionaries({}, optional={"name": JSON, "arguments": JSON}))}
+)  # fmt: skip
+_DELTA = st.fixed_dictionaries(
+    {}, optional={"role": JSON, "content": _or_anything(st.text(max_size=5)), "reasoning_content": JSON, "reasoning": JSON,
+                  "tool_calls": _or_anything(st.lists(_or_anything(_CALL), max_size=3))}
+)  # fmt: skip
+_CHOICE = st.fixed_dictionaries(
+    {}, optional={"delta": _or_anything(_DELTA), "message": _or_anything(_DELTA), "finish_reason": JSON, "index": JSON}
+)
+CHUNK = st.fixed_dictionaries(
+    {}, optional={"id": JSON, "model": JSON, "choices": _or_anything(st.lists(_or_anything(_CHOICE), max_size=2)),
+                  "usage": _or_anything(st.dictionaries(st.sampled_from(["prompt_tokens", "completion_tokens",
+                                                                         "prompt_tokens_details"]), JSON)),
+                  "timings": JSON}
+)  # fmt: skip
+
+
+@given(st.lists(CHUNK, max_size=6), st.booleans())
+def test_chunks_of_any_shape_are_taken_or_refused_and_what_was_taken_is_an_answer(chunks, begun):
+    answer = Answer.begun("a beginning", 3, None) if begun else Answer()
+    for number, chunk in enumerate(chunks):
+        try:
+            answer.add(chunk)
+        except OddChunk as error:
+            assert str(error).isprintable() and len(str(error)) < 250
+        usage = answer.completion_usage(number, number)
+        assert 0 <= usage.prompt_tokens <= 10**12 and 0 <= usage.completion_tokens <= 10**12 + 3
+        completion = answer.completion("m", usage)
+        assert completion.choices[0].message.content in (None, answer.content)
+        assert answer.partial_tokens <= answer.tokens and isinstance(answer.continuable, bool)
+        record = json.loads(json.dumps(answer.as_record(), allow_nan=False))
+        assert Answer.of_record(record).content == answer.content
+
+
+def test_a_part_of_a_text_without_text_adds_nothing_to_it():
+    answer = Answer()
+    answer.add({"choices": [{"delta": {"content": [{"text": "a"}, {"text": None}, {"text": 7}, {}, 7]}}]})
+    assert answer.content == "a"
+
+
+def test_an_answer_without_an_end_is_given_up():
+    answer, part = Answer(), "x" * (1 << 20)
+    with pytest.raises(AnswerTooLarge, match="over 67,108,864 characters"):
+        for _ in range(65):
+            answer.add({"choices": [{"delta": {"reasoning": part}}]})
+
+
+def test_tool_calls_without_an_end_are_given_up():
+    answer = Answer()
+    with pytest.raises(OddChunk, match="over 1,024 tool calls"):
+        for number in range(2000):
+            answer.add({"choices": [{"delta": {"tool_calls": [{"index": number}]}}]})
+
+
+def test_an_answer_of_millions_of_tokens_takes_hardly_more_than_its_text():
+    answer = Answer()
+    tracemalloc.start()
+    try:
+        for number in range(100_000):
+            answer.add({"choices": [{"delta": {"content": f"{number:5}"}}]})
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert answer.partial_tokens == answer.tokens == 100_000 and len(answer.content) == 500_000
+    assert held < 4_000_000  # as 100,000 strings, 6.2 MB
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"nul", b"\x00"])
+def test_data_that_is_no_json_is_odd(data):
+    with pytest.raises(OddChunk):
+        chunk_of(data)
+
+
+@pytest.mark.parametrize("data", [b"17", b"null", b'"text"', b"[]", b"NaN"])
+def test_other_json_than_an_object_is_no_chunk(data):
+    assert chunk_of(data) is None

@@ -8,6 +8,7 @@ import json
 import pickle
 import time
 
+import httpx
 import openai
 import pytest
 from conftest import WORDS, RawServer, chunk
@@ -254,3 +255,27 @@ async def test_an_error_can_be_copied_and_pickled(simulator, ask):
         assert isinstance(again, openai.APITimeoutError) and str(again) == str(caught.value)
         assert (again.partial, again.attempts, again.setting) == (
             caught.value.partial, 1, "llm.local.timeouts.stall")  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_takes_neither_key_nor_prompt_elsewhere(ask, status):
+    async with RawServer(WHOLE, about={"/v1/models": {"data": []}}) as elsewhere:
+        away = http(status, b"", f"location: {elsewhere.base_url}/chat/completions?k=sk-secret")
+        async with RawServer(away) as server:
+            server._about = lambda writer, path: server._chat(writer, away)
+            with pytest.raises(errors.RequestRejected, match="The address redirects to http://127.0.0.1") as caught:
+                await complete(ask(server, "my secret prompt", api_key="sk-secret"))
+            await servers.identify(ask(server, api_key="sk-secret").endpoint)
+    assert elsewhere.requests == elsewhere.others == [] and "secret" not in str(caught.value)
+
+
+async def test_what_a_server_sends_back_of_the_key_is_nowhere_in_the_error(ask):
+    broken = b"HTTP/1.1 500 X\r\nx-echo: Bearer sk-secret\r\nx-odd: caf\xc3\xa9 \xff\r\nconnection: close\r\n\r\nno: sk-secret"
+    worse = b"HTTP/1.1 sk-secret \x1b[2J\r\n\r\n"
+    for answer in (broken, worse):
+        async with RawServer(answer) as server:
+            with pytest.raises(errors.LocalLLMError) as caught:
+                await complete(ask(server, settings={"retry": {"attempts": 1}}, api_key="sk-secret"))
+        error = caught.value
+        held = f"{error} {error!r} {error.__cause__} {vars(error)} {getattr(error, 'response', httpx.Response(200)).headers}"
+        assert "sk-secret" not in held and "\x1b" not in str(error)

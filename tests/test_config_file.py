@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from metagpt_localllm import config_file
+from metagpt_localllm.checking import check_config
 from metagpt_localllm.config_file import ConfigFileError, apply, config_files, propose, propose_values, set_values
 from metagpt_localllm.config_text import YamlProblem, with_values
 from metagpt_localllm.settings import LocalSettings
@@ -58,6 +59,7 @@ def test_tiers_take_the_place_of_tiers():
         ("a: |\n  t\n\nb: 2\n", {"a": "x"}, "a: x\n\nb: 2\n"),
         ("b: 2\na: |+\n  t\n\n", {"c": 1}, "b: 2\na: |+\n  t\n\nc: 1\n"),
         ("l:\n- a\n- b: 1\n", {"l.1.c": {"d": 1}}, "l:\n- a\n- b: 1\n  c:\n    d: 1\n"),
+        ("l:\n-  - a\n   - b\n", {"l.0": {"c": 1, "d": 2}}, "l:\n-  c: 1\n   d: 2\n"),
         ("l: []\nk: 1\n", {"l": [{"m": 1}]}, "l:\n  - m: 1\nk: 1\n"),
         ("a: 1\r\nb: 2\r\n", {"c.d": 1}, "a: 1\r\nb: 2\r\nc:\r\n  d: 1\r\n"),
         ("---\na: 1\n...\n", {"b": 2}, "---\na: 1\nb: 2\n...\n"),
@@ -66,6 +68,7 @@ def test_tiers_take_the_place_of_tiers():
         ("\ufeffa: 1 # é\n", {"a": "ü"}, "\ufeffa: ü # é\n"),
         ("a: 1", {"b": "yes"}, "a: 1\nb: 'yes'\n"),
         ("a: 1", {("b.c", "d"): 2}, "a: 1\nb.c:\n  d: 2\n"),
+        ("a: 1\n", {"²": 2}, "a: 1\n²: 2\n"),
         ("x: &s {p: 1}\ny: *s\n", {"z": 1}, "x: &s {p: 1}\ny: *s\nz: 1\n"),
     ],
 )
@@ -324,3 +327,34 @@ def test_without_a_project_root_it_is_the_checkout_or_the_working_directory(monk
     assert config_files()[1] == tmp_path / "config" / "config2.yaml"
     (tmp_path / "site" / ".gitignore").touch()
     assert config_files()[1] == tmp_path / "site" / "config" / "config2.yaml"
+
+
+# ------------------------------------------------------------------------------------------- odd files
+
+LOL = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{one}: &{one} [{', '.join([f'*{before}'] * 10)}]\n" for before, one in zip("abcdefgh", "bcdefghi")
+)
+LLM = "llm: {api_type: local_llm, base_url: 'http://127.0.0.1:9/v1', model: m"
+ODD_FILES = {
+    "laughs": LOL + LLM + "}", "a loop": "a: &a [*a]\n", "a loop of keys": "&a {a: *a}", "deep": "[" * 5000, "deep blocks": "{a: " * 200,
+    "no date": "a: 2024-99-99", "no number": "a: !!int x", "no int": "a: !!int ''", "no truth": "a: !!bool x", "no time": "a: !!timestamp x",
+    "long number": "a: " + "9" * 5000, "a list as key": "? [a]\n: b", "NUL": "a: \x00", "tab": "a:\n\tb: c", "a list": "- a", "python": "!!python/object/apply:os.getcwd []",
+    "half a character": 'a: "\\ud800"', "models": LLM + "}\nmodels: 17\nroles: {a: b}", "roles": LLM + "}\nmodels: [a]\nroles: [17, {llm: 5}]",
+    "address": "llm: {api_type: local_llm, base_url: 'http://[::1', model: m}", "port": "llm: {api_type: local_llm, base_url: 'http://h:x/', model: m}",
+    "types": "llm: {api_type: [a], base_url: {a: b}, model: [m]}", "local": LLM + ", local: [a]}", "keys": LLM + ", local: {1: 2, null: 3}}",
+    "a long key": LLM + ", local: {" + "k" * 100_000 + ": 1}}", "an escape": 'llm: {api_type: "local_ll\\e[2J", base_url: "\\e[2J"}',
+    "a key": LLM + ", api_kye: sk-secret}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_a_file_of_any_content_is_read_or_refused_in_short_lines(tmp_path, kind):
+    path = tmp_path / "config2.yaml"
+    path.write_text(ODD_FILES[kind], encoding="utf-8")
+    said = [check.text for check in check_config(path, offline=True)]
+    try:
+        propose_values(path, {"llm.local.timeouts.total": "2h"})
+    except ConfigFileError as error:
+        said += str(error).splitlines()
+    for line in said:
+        assert len(line) < 900 and "secret" not in line and "\x1b" not in line, line

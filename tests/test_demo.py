@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from metagpt_localllm import demo
 from metagpt_localllm.cli import main
 from metagpt_localllm.simulator import Machine, SimulatorThread
 
@@ -35,6 +36,12 @@ def test_the_demo_is_killed_and_goes_on_and_leaves_a_project_and_a_table(tmp_pat
     assert {"main.py", "game.py"} <= names
 
 
+def test_a_folder_with_brackets_in_its_name_is_told_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_run_metagpt", lambda *_: 1)
+    assert demo.run_demo(demo.DemoOptions("local_llm", tmp_path / "[red]", None, "", 1.0, False)) == 1
+    assert "/[red]/metagpt.log" in capsys.readouterr().out.replace("\n", "")
+
+
 def checked(tmp_path, text):
     config = tmp_path / "config2.yaml"
     config.write_text(text)
@@ -51,6 +58,8 @@ LLM = "llm: {api_type: local_llm, base_url: 'http://127.0.0.1:9/v1', model: m%s}
         (LLM % "" + "\nlocal: {}", "it belongs under llm"),
         (LLM % ", first_token: 3", "it belongs to 'llm.local.timeouts.first_token'"),
         (LLM % "", "no server there"),
+        (LLM % "" + "\nmodels: [a]", "models: Input should be a valid dictionary"),
+        (LLM % "" + "\nroles: 5", "roles: Input should be a valid list"),
         ("llm: {api_type: localllm}", "did you mean 'local_llm'"),
         ("llm: {api_type: openai}", "uses its own providers"),
         ("llm: {api_type: local_llm, base_url: 'localhost:1/v1', model: m}", "of the form http://host:port/v1"),
@@ -72,6 +81,13 @@ def test_check_tells_what_the_server_is(tmp_path):
         other = checked(tmp_path, f"llm: {{api_type: local_llm, base_url: '{server.base_url}', model: other}}")
     assert f"llama.cpp, model {server.model}, context 8,192 tokens" in good.output
     assert "it lists no model 'other'" in other.output and other.exit_code == 1
+
+
+def test_check_names_the_block_whose_server_has_not_the_model(tmp_path):
+    with SimulatorThread(Machine(context=8192)) as server:
+        block = f"{{api_type: local_llm, base_url: '{server.base_url}', model: %s}}"
+        result = checked(tmp_path, f"llm: {block % server.model}\nmodels: {{big: {block % 'other'}}}")
+    assert "(models.big.model)" in result.output and "(llm.model)" not in result.output
 
 
 def test_a_port_in_use_is_said_in_a_line():

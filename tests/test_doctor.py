@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from metagpt_localllm import installation, scanning
 from metagpt_localllm.cli import main
 from metagpt_localllm.doctor import machine as machines
 from metagpt_localllm.doctor import measuring
+from metagpt_localllm.doctor.fitting import wanted_window
 from metagpt_localllm.doctor.gguf import metadata as gguf_metadata
 from metagpt_localllm.doctor.machine import Gpu, Machine, Process
 from metagpt_localllm.doctor.memory import need, normalized, smaller
@@ -281,6 +283,13 @@ def test_what_is_needed_follows_from_the_users_own_calls(diagnosed, home, monkey
     assert "--ctx-size 16384" in report["context_small"]["remedy"]
 
 
+def test_calls_that_a_disk_has_damaged_say_nothing_of_what_is_needed():
+    damaged = [replace(CallRecord(1, "d"), **{name: value}) for name in ("attempts", "trims")
+               for value in (None, 7, [7], [{"prompt_tokens": "x", "removed_tokens": []}])]  # fmt: skip
+    whole = [CallRecord(number, "d", attempts=[{"prompt_tokens": 9000}]) for number in range(20)]
+    assert wanted_window("0.8.2", [*damaged, *whole]) == wanted_window("0.8.2", whole)
+
+
 def test_metagpt_1_0_needs_more(diagnosed, monkeypatch):
     monkeypatch.setattr("metagpt_localllm.doctor.diagnosis.installed_version", lambda name: "1.0.0")
     with serving(context=16384) as server:
@@ -295,8 +304,6 @@ def test_metagpt_1_0_needs_more(diagnosed, monkeypatch):
 
 
 def on(monkeypatch, **changes):
-    from dataclasses import replace
-
     monkeypatch.setattr(machines, "survey", lambda run=None: replace(HEALTHY, **changes))
 
 
@@ -503,7 +510,6 @@ def test_a_cache_that_does_nothing_is_found(diagnosed, dialect, says):
 
 def test_a_server_that_is_silent_is_left_after_the_limit(diagnosed, monkeypatch):
     monkeypatch.setattr("metagpt_localllm.doctor.measuring.LIMIT", 0.5)
-    monkeypatch.setattr("metagpt_localllm.doctor.measuring.measure.__defaults__", (0.5,))
     with serving(faults=[Fault("hang", times=None)]) as server:
         report = diagnosed(server)
     assert report.code == 1 and "silent" in report.names and report.said["servers"][0]["measured"]["limited"]

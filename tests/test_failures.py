@@ -195,3 +195,67 @@ def test_each_exception_of_httpx_has_its_class(raised, began, kind, error, setti
     assert (failure.kind, failure.error, failure.setting) == (kind, error, setting)
     assert "secret" not in failure.what
     assert failure.cause is raised or "sk-secret" in str(raised)
+
+
+KEY = "sk-Zq7/\"wXy9"
+#: Bodies of errors of every shape, with the key in them, and line ends, NULs, escapes and half characters.
+ODD = {
+    "text": f"no\r\nnow: {KEY}\x00\x1b[2J\u2028\ud800",
+    "long text": "x" * 290 + KEY + "y" * 1_000_000,
+    "one long word": KEY * 10_000,
+    "message": json.dumps({"error": {"message": f"bad\n{KEY}\x1b]0;owned\x07"}}),
+    "message that is an object": json.dumps({"error": {"message": {"deep": [KEY, 1.5, None]}}}),
+    "long message": json.dumps({"error": {"message": "x" * 296 + KEY}}),
+    "escaped in JSON that is none": json.dumps({"error": KEY})[:-1],
+    "list": json.dumps([KEY, {"loc": [KEY], "msg": {"k": KEY}}, 17]),
+    "detail": json.dumps({"detail": [{"loc": ["body", KEY], "msg": KEY * 1000}] * 1000}),
+    "number": "17",
+    "huge number": "9" * 5000,
+    "null": "null",
+    "nested": "[" * 100_000,
+    "nested to the limit": '{"error":' * 900 + "1" + "}" * 900,
+    "code": json.dumps({"error": {"code": "NaN", "message": KEY}}),
+    "NaN": '{"error": NaN}',
+    "half a character": '{"error": "\\ud83d\\ud83d"}',
+}
+
+
+@pytest.mark.parametrize("status", [100, 204, 302, 400, 401, 404, 418, 422, 429, 500, 501, 503, 599, 999])
+@pytest.mark.parametrize("shape", ODD)
+def test_an_error_of_any_shape_is_one_short_line_without_the_key(status, shape):
+    text = ODD[shape]
+    response = httpx.Response(status, request=REQUEST, headers={"location": f"http://other/?{KEY}" + "z" * 5000})
+    lines = [from_response(response, text, KEY).what]
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    else:
+        lines.append(from_error_body(payload, REQUEST, KEY).what)
+    for line in lines:
+        assert len(line) < 500 and line.isprintable(), line
+        assert KEY[:6] not in line and "wXy9" not in line, line
+
+
+@pytest.mark.parametrize("digits", [13, 5000])
+def test_numbers_that_no_server_can_mean_teach_nothing(digits):
+    text = f"exceed_context_size_error n_ctx: {'9' * digits}, n_prompt_tokens: {'9' * digits}, n_keep: 0"
+    failure = from_response(httpx.Response(400, request=REQUEST), text)
+    assert (failure.kind, failure.window, failure.prompt_tokens) == (Kind.OVERFLOW, None, None)
+    assert from_response(httpx.Response(400, request=REQUEST), "n_ctx: 0, context_length_exceeded").window is None
+
+
+@pytest.mark.parametrize(
+    "value", ["", " ", "nan", "-1", "inf", "1e400", "soon", "\x00", "Mon", "Mon, 01 Jan 2026 00:00:00 +99999999999999",
+              "Mon, 01 Jan 99999 00:00:00 GMT", "Mon, 99 Jan 2026 99:99:99 GMT", ",,,,", "9" * 5000, ":", "1 Jan 0"],
+)  # fmt: skip
+def test_an_absurd_retry_after_asks_for_nothing(value):
+    headers = [(b"retry-after", value.encode()), (b"date", b"Mon, 01 Jan 2026 00:00:00 GMT")]
+    assert from_response(httpx.Response(503, headers=headers, request=REQUEST), "busy").retry_after is None
+
+
+@pytest.mark.parametrize("error", [httpx.RemoteProtocolError, httpx.ReadError, httpx.ConnectError, httpx.ProxyError])
+@pytest.mark.parametrize("began", [False, True])
+def test_what_httpx_quotes_is_one_short_line_without_the_key(error, began):
+    what = from_exception(error("x" * 296 + KEY + "\x1b[2J\n" * 10_000), "http://h/v1", began, KEY).what
+    assert len(what) < 500 and what.isprintable() and KEY[:5] not in what

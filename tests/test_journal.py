@@ -1,6 +1,7 @@
 """The journal: what it is told is there after a kill, and whatever is wrong with the file, the call path goes on."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from metagpt_localllm.journal import CallRecord, Journal, RunRecord, new_id
+from metagpt_localllm.journal import CallRecord, Journal, RunRecord, _crc, new_id
 from metagpt_localllm.state import State
 
 ANY_TEXT = some.text(some.characters(exclude_categories=()))  # with lone surrogates
@@ -67,7 +70,9 @@ def a_run(id="r1", key="k", started=1000.0, **more):
 
 
 def a_call(number=1, digest=None, **more):
-    return CallRecord(number, digest or f"d{number}", "WritePRD", "Alice", "default", "m", "http://a", 1000.0, **more)
+    named = {"action": "WritePRD", "role": "Alice", "tier": "default", "model": "m", "server": "http://a", "started": 1000.0,
+             "volatile": ["12:00"]}  # fmt: skip
+    return CallRecord(number, digest or f"d{number}", **named, **more)
 
 
 def record(journal, run, number, text):
@@ -711,3 +716,53 @@ def test_answers_that_were_given_again_are_counted_and_go_with_their_run(journal
     assert journal.replays(since=time.time() + 60) == []
     journal.forget("r1")
     assert [replay.run for replay in journal.replays()] == ["r2"]
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [("started", "soon"), ("touched", "x"), ("touched", 1e300), ("resumed", "x"), ("calls", 1.5), ("tokens", b"x"), ("owner", b"\xff"),
+     ("about", "{}"), ("about", b"{}"), ("about", b'{"command": "x", "folder": 7}'), ("about", b'{"command": [7], "folder": "/"}'),
+     ("about", b"[" * 5000), ("outcome", b"x")],
+)  # fmt: skip
+def test_a_run_whose_values_have_other_types_is_left_out_with_a_warning(journal, state, warnings, column, value):
+    for id in ("r1", "r2"):
+        journal.begin_run(a_run(id))
+    assert state.flush(10)
+    with closing(sqlite3.connect(state.path)) as database:
+        database.execute(f"UPDATE runs SET {column} = ? WHERE id = 'r1'", (value,))
+        database.commit()
+    assert [run.id for run in journal.runs()] == ["r2"] and [run.id for run in journal.latest("k")] == ["r2"]
+    assert journal.run("r1") is None and journal.prune(1e4, 1e4) == 0
+    assert len(warnings) == 1 and "cannot be read" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"started": "x"}, {"ended": []}, {"volatile": "x"}, {"attempts": {}}, {"usage": 7}, {"timings": None}, {"wanted_tokens": 1.5},
+     {"saved_tokens": 10**30}, {"started": float("nan")}, {"cached_tokens": True}, {"queued": float("inf")}, {"model": None}],
+)  # fmt: skip
+def test_a_call_whose_values_have_other_types_is_left_out_though_its_checksum_is_right(journal, state, warnings, changed):
+    journal.begin_run(a_run())
+    record(journal, "r1", 1, "one")
+    record(journal, "r1", 2, "two")
+    assert state.flush(10)
+    with closing(sqlite3.connect(state.path)) as database:
+        row = list(database.execute("SELECT run, number, digest, outcome, about, answer FROM calls WHERE number = 1").fetchone())
+        row[4] = json.dumps({**json.loads(row[4]), **changed}).encode()
+        database.execute("UPDATE calls SET about = ?, crc = ? WHERE number = 1", (row[4], _crc(*row)))
+        database.commit()
+    assert contents(journal) == ["two"] and [call.number for _, call in journal.recorded()] == [2]
+    assert len(warnings) == 1 and "cannot be read" in warnings[0]
+
+
+def test_a_request_that_is_a_bomb_is_not_unpacked_to_its_end(journal, state):
+    journal.begin_run(a_run())
+    journal.begin_call("r1", a_call(request=b"x"))
+    journal.checkpoint("r1", 1, {"content": "hal"})
+    assert state.flush(10)
+    bomb = zlib.compress(bytes((1 << 28) + 1), 1)
+    with closing(sqlite3.connect(state.path)) as database:
+        row = ("r1", 1, "request", bomb)
+        database.execute("UPDATE drafts SET body = ?, crc = ? WHERE kind = 'request'", (bomb, _crc(*row)))
+        database.commit()
+    assert journal.calls("r1") == []

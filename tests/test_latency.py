@@ -308,3 +308,11 @@ def test_observing_is_cheap():
             estimator.observe(sample)
         best = min(best, (time.perf_counter() - started) / len(samples))
     assert best < 400e-6  # 70 µs on a desktop; a busy machine in CI is slower
+
+
+@pytest.mark.parametrize("odd", [{}, {"prompt_tokens": "x"}, {"prompt_tokens": 10**400, "ttft": 1e400}, {"censored": []}, {"censored": 7},
+                                 {"ttft": [1]}, {"attempt": {}}, {"answer_tokens": None, "load": "x"}, {"elapsed": float("nan")}])  # fmt: skip
+def test_a_row_of_other_types_teaches_nothing_and_raises_nothing(odd):
+    estimator = Estimator([Sample.from_row({"prompt_tokens": 100, "ttft": 1.0, **odd}), Sample.from_row(odd)])
+    for estimate in (estimator.first_token(100), estimator.stall(), estimator.total(100, 100)):
+        assert estimate is None or 0 < estimate.seconds < 1e9

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -255,7 +256,7 @@ print("\\nthe end")
 
 
 def in_tmux(tmp_path, mode, *arguments, pause=0.004, columns=80, lines=16):
-    script = tmp_path / "script.py"
+    script = tmp_path / f"{uuid.uuid4().hex}.py"  # one each: writing it anew, another one might read it empty
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {name: os.environ[name] for name in ("HOME", "METAGPT_PROJECT_ROOT")}
     environment.update(PYTHONPATH=str(ROOT), LANG="C.UTF-8", CI="")

@@ -11,10 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import kinds
-from contract import begin, body_for, client_without_connections, text_of
 
 from metagpt_localllm.call import Call, complete
-from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.settings import LocalSettings
 from metagpt_localllm.tiers import Caller
 from metagpt_localllm.transport import Endpoint
@@ -73,10 +71,11 @@ def server(model):
 
 
 async def test_progress_keeps_a_prefill_alive_that_takes_longer_than_its_deadline(server, seen):
-    await complete(server.call(2000, first_token=1.2, stall=30, total=120))
-    done = seen[-1]
-    assert kinds(seen) == ["Sent", "Done"]
-    assert done.ttft > 1.2, "the machine is too fast for this test to prove anything: make the prompt longer"
+    await complete(server.call(1000, total=120))  # eight batches of 256 tokens
+    deadline = 0.7 * seen[-1].ttft
+    await complete(server.call(3000, first_token=deadline, stall=30, total=120))
+    assert kinds(seen)[2:] == ["Sent", "Done"]
+    assert seen[-1].ttft > deadline
 
 
 async def test_a_call_that_is_cancelled_in_prefill_frees_its_slot(server):
@@ -111,44 +110,6 @@ async def test_a_server_that_is_killed_and_started_again_finishes_the_call(serve
     outcome = await call
     assert outcome.usage.completion_tokens == tokens
     assert kinds(seen)[:2] == ["Sent", "Retry"] and kinds(seen)[-1] == "Done"
-
-
-@pytest.mark.parametrize("how", ["stopped", "replaced"])
-async def test_a_stream_that_nobody_reads_goes_on_until_it_is_ended(server, how):
-    kind, endpoint = LlamaCpp(), Endpoint(server.root + "/v1", "slow")
-    async with client_without_connections() as client:
-        await begin(client, endpoint, body_for(endpoint, max_tokens=3000), kind.headers_to_resume("a"))
-        await asyncio.sleep(2)
-        assert await server.busy(), "llama.cpp looks once a second whether its client is there"
-        if how == "stopped":
-            assert (await client.delete(server.root + kind.path_to_stop("a"))).status_code == 204
-        else:
-            await begin(client, endpoint, body_for(endpoint, max_tokens=1), kind.headers_to_resume("a"), events=2)
-        await asyncio.sleep(1.6)
-        assert not await server.busy()
-
-
-async def test_a_stream_is_lost_with_its_server(server):
-    kind, endpoint = LlamaCpp(), Endpoint(server.root + "/v1", "slow")
-    async with client_without_connections() as client:
-        await begin(client, endpoint, body_for(endpoint, max_tokens=3000), kind.headers_to_resume("a"))
-        server.kill()
-        server.start()
-        server.process.stdout.readline()
-        assert (await client.get(server.root + kind.path_to_resume("a", 10))).status_code == 404
-
-
-async def test_a_stream_goes_on_in_prefill_and_in_the_queue(server):
-    kind, endpoint = LlamaCpp(), Endpoint(server.root + "/v1", "slow")
-    async with client_without_connections() as client:
-        long = body_for(endpoint, "the cat is on the mat " * 200, max_tokens=4, return_progress=True)
-        await begin(client, endpoint, long, kind.headers_to_resume("prefill"), events=1)
-        with pytest.raises(asyncio.TimeoutError):
-            queued = begin(client, endpoint, body_for(endpoint, max_tokens=4), kind.headers_to_resume("queued"))
-            await asyncio.wait_for(queued, 0.3)
-        for name in ("prefill", "queued"):
-            stream = (await client.get(server.root + kind.path_to_resume(name, 0))).content
-            assert len(text_of(stream).split()) == 4 and stream.endswith(b"data: [DONE]\n\n")
 
 
 async def test_a_server_that_is_started_after_the_call_is_waited_for(model, seen):

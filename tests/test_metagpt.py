@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from tenacity import RetryError
 
 from metagpt_localllm import errors, events, provider
-from metagpt_localllm.cli import METAGPT_KEYS
+from metagpt_localllm.installation import METAGPT_KEYS
 from metagpt_localllm.provider import LocalLLM
 from metagpt_localllm.simulator import Answer, Fault, Machine, SimulatorThread, answers
 

@@ -188,6 +188,5 @@ def test_whatever_comes_in_whatever_order_a_line_is_never_too_wide(happened, wid
         for view in made.views(now + 1):
             said = text(view, width)
             assert cell_len(said) <= width and said.isprintable()
-            assert view.share is None or 0 <= view.share <= 1
             assert view.left is None or view.left >= 0
             assert isinstance(view.phase, Phase) and sentence(view)

@@ -23,12 +23,13 @@ from metagpt_localllm.journal import CallRecord, Journal, RunRecord
 from metagpt_localllm.reporting.page import render
 from metagpt_localllm.reporting.phases import phases_of
 from metagpt_localllm.reporting.recorded import Recorded
-from metagpt_localllm.reporting.scales import bins, count_ticks, duration, rate, share, tick_label
+from metagpt_localllm.reporting.scales import bins, count_ticks, share, tick_label
 from metagpt_localllm.reporting.timeline import axis_of, rows_of
 from metagpt_localllm.simulator import Machine, SimulatorThread, parse_fault
 from metagpt_localllm.state import State
 from metagpt_localllm.statistics import summarize
 from metagpt_localllm.tiers import Caller
+from metagpt_localllm.wording import duration, rate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DESK, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
@@ -485,15 +486,6 @@ def test_the_axis_folds_what_is_idle_for_long_and_nothing_else():
 def test_calls_at_the_same_time_have_rows_of_their_own():
     assert rows_of([(0, 10), (2, 4), (3, 8), (5, 6), (10, 12)]) == [0, 1, 2, 1, 0]
     assert max(rows_of([(0, 10)] * 100)) == 5
-
-
-@pytest.mark.parametrize(
-    "seconds, said",
-    [(0, "0 s"), (0.0004, "1 ms"), (0.035, "35 ms"), (0.35, "0.35 s"), (4.25, "4.3 s"), (42.4, "42 s"), (59.7, "1 min"), (200, "3 min 20 s"),
-     (3599.7, "1 h"), (7500, "2 h 5 min"), (86399, "1 d"), (100_000, "1 d 4 h"), (None, "–")],
-)  # fmt: skip
-def test_durations_are_written_as_people_say_them(seconds, said):
-    assert duration(seconds) == said
 
 
 def test_ticks_are_as_exact_as_their_step():

@@ -5,13 +5,11 @@ import json
 
 import httpx
 import pytest
-from contract import begin, body_for, text_of
 
 from metagpt_localllm.failures import Kind, from_error_body, from_response
 from metagpt_localllm.simulator import DIALECTS, Answer, Fault, Machine, Simulator, parse_fault
 from metagpt_localllm.simulator.dialects import clip
 from metagpt_localllm.simulator.machine import render
-from metagpt_localllm.transport import Endpoint
 
 
 async def post(server, text="hello", **body):
@@ -30,6 +28,13 @@ async def test_it_answers_whole_or_streamed(simulator):
     text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
     assert text == whole["choices"][0]["message"]["content"]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_an_answer_has_no_more_tokens_than_are_asked_for(simulator, name):
+    async with simulator() as server:
+        said = (await post(server, **{name: 3})).json()
+    assert said["usage"]["completion_tokens"] == 3 and said["choices"][0]["finish_reason"] == "length"
 
 
 async def test_the_same_beginning_is_processed_once(simulator):
@@ -198,90 +203,6 @@ def test_faults_from_text():
                                            (Fault("hang", every=2, times=None), [1, 3, 5])])  # fmt: skip
 def test_a_fault_strikes_when_the_script_says(fault, struck):
     assert [n for n in range(1, 6) if fault.strikes(n, "")] == struck
-
-
-# ------------------------------------------------------------------------------------------ streams with a name
-
-STEADY = Machine(prefill_speed=1e6, decode_speed=40)
-
-
-def slow_words(_messages, _tools):
-    return Answer(text=" ".join("abcdefghijklmnopqrst"))
-
-
-async def resumed(server, name, method="GET"):
-    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
-        return await client.request(method, f"{server.base_url}/stream?conv_id={name}")
-
-
-async def leave(server, name, events=3, **body):
-    endpoint = Endpoint(server.base_url, server.model)
-    headers = {"X-Conversation-Id": name} if name else {}
-    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
-        return await begin(client, endpoint, body_for(endpoint, **body), headers, events)
-
-
-async def test_a_stream_that_nobody_reads_is_decoded_and_counted(simulator):
-    async with simulator(machine=STEADY, scale=1, answer=slow_words) as server:
-        await leave(server, "a")
-        before = server.stats.decode_tokens
-        assert text_of((await resumed(server, "a")).content) == slow_words(None, None).text
-    assert before < 10 and server.stats.decode_tokens == 20
-    assert (server.stats.completed, server.stats.cancelled, server.stats.wasted_tokens) == (1, 0, 0)
-
-
-@pytest.mark.parametrize("dialect, name", [("llama.cpp", ""), ("vllm", "a"), ("ollama", "a"), ("plain", "a")])
-async def test_other_streams_end_with_their_connection(simulator, dialect, name):
-    async with simulator(dialect=dialect, machine=STEADY, scale=1, answer=slow_words) as server:
-        await leave(server, name)
-        await asyncio.sleep(0.3)
-        assert server.stats.cancelled == 1 and server.stats.decode_tokens < 15
-        assert (await resumed(server, "a")).status_code == 404
-
-
-@pytest.mark.parametrize("how", ["stopped", "replaced"])
-async def test_a_stream_is_ended_by_its_name(simulator, how):
-    async with simulator(machine=STEADY, scale=1, answer=slow_words) as server:
-        await leave(server, "a")
-        if how == "stopped":
-            assert (await resumed(server, "a", "DELETE")).status_code == 204
-            assert (await resumed(server, "a")).status_code == 404
-        else:
-            assert text_of(await leave(server, "a", 100)) == slow_words(None, None).text
-        assert (await post(server, max_tokens=1)).status_code == 200, "the slot is free"
-    assert server.stats.cancelled == 1 and server.stats.wasted_tokens > 0
-
-
-async def test_who_reads_a_stream_that_is_stopped_sees_its_end(simulator):
-    async with simulator(machine=STEADY, scale=1, answer=slow_words) as server:
-        reading = asyncio.ensure_future(leave(server, "a", 100))
-        await asyncio.sleep(0.2)
-        await resumed(server, "a", "DELETE")
-        stream = await reading
-    assert text_of(stream) and b"[DONE]" not in stream
-
-
-async def test_a_connection_that_drops_leaves_the_stream_alone(simulator):
-    async with simulator(Fault("drop", after=5), machine=STEADY, scale=1, answer=slow_words) as server:
-        with pytest.raises(httpx.HTTPError):
-            await leave(server, "a", 100)
-        assert text_of((await resumed(server, "a")).content) == slow_words(None, None).text
-
-
-async def test_a_crash_loses_the_streams(simulator):
-    async with simulator(machine=STEADY, scale=1, answer=slow_words) as server:
-        await leave(server, "a")
-        await server.go_down()
-        await server.come_up()
-        assert (await resumed(server, "a")).status_code == 404
-
-
-async def test_a_stream_that_has_ended_is_kept_for_300_seconds(simulator):
-    async with simulator(scale=1000) as server:
-        await leave(server, "a", 100)
-        assert (await resumed(server, "a")).status_code == 200
-        await asyncio.sleep(0.35)
-        assert (await resumed(server, "a")).status_code == 404
 
 
 async def ask_ollama(server, **body):

@@ -240,3 +240,73 @@ def test_a_call_never_waits_for_the_disk(state):
     assert started.wait(2) and not state.flush(0.05)
     holder.execute("COMMIT")
     assert state.flush(10)
+
+
+# ------------------------------------------------------------------------------------------- odd files
+
+
+def made_by(path, *statements):
+    path.parent.mkdir(exist_ok=True)
+    with closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+
+
+def test_the_database_of_another_program_is_left_alone(state, warnings):
+    made_by(state.path, "CREATE TABLE urls (id)", "INSERT INTO urls VALUES (7)")
+    state.add_sample("http://a", "m", {"n": 1})
+    assert state.flush(10) and state.samples("http://a", "m") == []
+    assert len(warnings) == 1 and "database of another program" in warnings[0]
+    with closing(sqlite3.connect(state.path)) as database:
+        assert database.execute("SELECT id FROM urls").fetchall() == [(7,)]
+        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("version", [-1, 0, 1, 2])
+def test_a_file_whose_tables_are_not_those_of_its_version_is_set_aside(state, warnings, version):
+    state.add_sample("http://a", "m", {"n": 1})
+    assert state.flush(10)
+    state.close()
+    made_by(state.path, f"PRAGMA user_version = {version}")
+    state.add_sample("http://a", "m", {"n": 2})
+    assert state.flush(10) and state.samples("http://a", "m") == [{"n": 2}]
+    assert any("damaged" in warning for warning in warnings) and list(state.path.parent.glob("*.corrupt-*"))
+
+
+@pytest.mark.parametrize("damaged", ["x'ff'", "'{'", "'[]'", "'17'", "'" + "[" * 5000 + "'", "CAST(x'7bff' AS TEXT)", "7", "1.5"])
+def test_one_damaged_sample_does_not_cost_the_others(state, warnings, damaged):
+    for number in (1, 2):
+        state.add_sample("http://a", "m", {"n": number})
+    assert state.flush(10)
+    made_by(state.path, f"INSERT INTO samples (at, server, model, sample) VALUES (1, 'http://a', 'm', {damaged})")
+    assert [sample["n"] for sample in state.samples("http://a", "m")] == [1, 2]
+    assert warnings == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\x00", "\ud800"])
+def test_a_path_that_cannot_be_costs_a_warning_and_no_call(tmp_path, warnings, name):
+    state = State(tmp_path / name / "state.db", warnings.append)
+    state.add_sample("http://a", "m", {})
+    assert state.samples("http://a", "m") == [] and state.flush(10) and len(warnings) >= 1
+
+
+@pytest.mark.parametrize("cut", [0, 1, 16, 100, 4096, 5000, -1])
+def test_a_file_that_was_cut_is_used_or_set_aside(state, warnings, cut):
+    for number in range(100):
+        state.add_sample("http://a", "m", {"n": number})
+    assert state.flush(10)
+    state.close()
+    state.path.write_bytes(state.path.read_bytes()[:cut])
+    state.add_sample("http://a", "m", {"n": 1000})
+    assert state.flush(10) and {"n": 1000} in state.samples("http://a", "m")
+
+
+def test_what_sqlite_quotes_of_a_damaged_file_moves_no_cursor(state, warnings):
+    state.add_sample("http://a", "m", {"n": 1})
+    assert state.flush(10)
+    state.close()
+    content = state.path.read_bytes()
+    state.path.write_bytes(content.replace(b"CREATE TABLE runs", b"CREATE TABLE \x1b[2J"))
+    assert state.samples("http://a", "m") == []
+    assert warnings and all(warning.isprintable() for warning in warnings)

@@ -71,3 +71,9 @@ def test_a_message_counts_its_frame_its_images_and_its_tool_calls():
 def test_tools_count_as_a_part_of_the_prompt():
     messages = [{"role": "user", "content": "hello"}]
     assert estimate_prompt(messages, [{"type": "function", "function": {"name": "execute"}}]) > estimate_prompt(messages)
+
+
+def test_a_text_of_many_megabytes_is_counted_by_samples():
+    part = "Some words, and some(code): 12 = x\n汉字 "
+    text = part * (6_000_000 // len(part))
+    assert abs(estimate_text(text) / len(text) * len(part) / estimate_text(part) - 1) < 0.05

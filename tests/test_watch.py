@@ -15,9 +15,14 @@ from conftest import WORDS, RawServer
 
 from metagpt_localllm import errors, events
 from metagpt_localllm.call import complete
+from metagpt_localllm.history import History
 from metagpt_localllm.servers.base import Work
+from metagpt_localllm.servers.vllm import VLLM
 from metagpt_localllm.simulator import Answer, Fault, Machine
-from metagpt_localllm.watch import Evidence, Seen
+from metagpt_localllm.state import State
+from metagpt_localllm.tokens import estimate_message
+from metagpt_localllm.transport import Endpoint
+from metagpt_localllm.watch import Evidence, Seen, watch
 
 LLAMA = {"default_generation_settings": {"n_ctx": 4096}}
 #: Twenty times faster than real: a look every 0.075 s, ``auto`` is 30 s, 3 s and 6 min.
@@ -265,17 +270,24 @@ async def test_what_was_learned_is_there_in_the_next_run(simulator, ask, fast_ti
 
 
 def test_a_list_that_grows_after_it_was_sent_shares_only_what_was_sent(tmp_path):
-    from metagpt_localllm.history import History
-    from metagpt_localllm.state import State
-    from metagpt_localllm.tokens import estimate_message
-    from metagpt_localllm.transport import Endpoint
-
     known = History(Endpoint("http://a/v1", "m"), State(tmp_path / "x.db"))
     messages = [{"role": "user", "content": "one two three"}]
     first = estimate_message(messages[0])
     known.sent(messages, [first])
     messages.append({"role": "assistant", "content": "four five six"})
     assert known.shared_tokens(messages) == first
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 9, 1000])
+def test_what_is_shared_is_the_longest_beginning_of_any_earlier_prompt(tmp_path, size):
+    known = History(Endpoint("http://a/v1", "m"), State(tmp_path / "x.db"))
+    system, task = {"role": "system", "content": "be brief"}, "lorem " * 200
+    assert known.shared_tokens([system]) == 0
+    other = {"role": "user", "content": task[:size] + "|" * 200}
+    for messages in ([system, other], [system], [{"role": "user", "content": task}]):
+        known.sent(messages, [100.0, size + 200.0][: len(messages)])  # a token for each character of the other
+    asked = [system, {"role": "user", "content": task}]
+    assert known.shared_tokens(asked) == 100 + size
 
 
 async def test_ten_roles_at_one_slot_wait_on_our_side_and_none_times_out(simulator, ask):
@@ -313,3 +325,46 @@ async def test_requests_that_exceeded_the_shared_context_together_go_alone(simul
     assert [outcome.text for outcome in outcomes] == ["fine", "fine"]
     assert most[:2] == [2, 2] or max(most[:2]) == 2
     assert most[2:] == [1, 1]
+
+
+async def test_calls_that_wait_for_the_same_server_share_a_look():
+    async def health():
+        await asyncio.sleep(0.05)
+        return {}
+
+    def waiting(server, calls):
+        endpoint = Endpoint(server.base_url, "m")
+        return [asyncio.ensure_future(watch(VLLM(), endpoint, lambda: 10.0, lambda loading: None)) for _ in range(calls)]
+
+    async with RawServer(about={"/health": health}) as server:
+        tasks = waiting(server, 20)
+        await asyncio.sleep(0.2)
+        tasks += waiting(server, 20)  # what was seen just now is still of use
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert server.others == ["/health"]
+
+
+async def test_a_look_ends_with_the_last_call_that_waits_for_it():
+    asked = asyncio.Event()
+
+    async def health():
+        asked.set()
+        await asyncio.sleep(60)
+
+    def looks():
+        return [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "_look"]
+
+    async with RawServer(about={"/health": health}) as server:
+        endpoint = Endpoint(server.base_url, "m")
+        tasks = [asyncio.ensure_future(watch(VLLM(), endpoint, lambda: 10.0, lambda loading: None)) for _ in range(2)]
+        await asyncio.wait_for(asked.wait(), 5)
+        for task in tasks:
+            assert len(looks()) == 1
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not looks()

@@ -38,8 +38,8 @@ def doctor(config: Optional[Path], offline: bool, quick: bool, write: bool, tier
     """
     if tiers and not write:
         raise click.UsageError("--tiers says what is written: it goes with --write")
-    from metagpt_localllm.doctor import diagnosis as course
     from metagpt_localllm.doctor import telling
+    from metagpt_localllm.doctor.diagnosis import diagnose
     from metagpt_localllm.doctor.findings import exit_code
 
     def say(text: str) -> None:
@@ -47,7 +47,7 @@ def doctor(config: Optional[Path], offline: bool, quick: bool, write: bool, tier
             click.echo(click.style(f"… {text}", dim=True), err=True)
 
     try:
-        found = course.run(config, offline=offline, quick=quick, say=say)
+        found = diagnose(config, offline=offline, quick=quick, say=say)
     except KeyboardInterrupt:
         click.echo("\nStopped. Nothing was changed.", err=True)
         sys.exit(130)
@@ -75,10 +75,10 @@ def _write(found: Diagnosis, tiers: bool) -> dict[str, Any]:
     done: dict[str, Any] = {"settings": settings, "file": str(found.config), "backup": None, "samples": 0}
     if values:
         try:
-            change = set_values(found.config, values)
+            written = set_values(found.config, values)
         except ConfigFileError as error:
             raise click.ClickException(str(error)) from None
-        done["backup"] = str(change.backup) if change.backup is not None else None
+        done["backup"] = str(written.backup) if written.backup is not None else None
     for subject in found.subjects:
         samples = subject.measured.samples if subject.measured is not None else ()
         if samples:

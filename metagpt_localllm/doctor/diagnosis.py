@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from metagpt_localllm import servers
 from metagpt_localllm.checking import NO_LIST, NOT_OURS, Seen, Trouble, config_problems, endpoint_of, our_blocks, see
 from metagpt_localllm.doctor import fitting, gguf, machine, serving, timing
-from metagpt_localllm.doctor.findings import Change, Finding, Severity
+from metagpt_localllm.doctor.findings import Finding, SettingChange, Severity
 from metagpt_localllm.doctor.machine import Machine
 from metagpt_localllm.doctor.measuring import LIMIT, measure
 from metagpt_localllm.doctor.places import Configuration, configuration
@@ -50,7 +50,7 @@ class Diagnosis:
 
     Attributes:
         config: the file that the ``llm`` block is in.
-        machine: this one; None where nothing was asked of it.
+        machine: this one.
         subjects: the models, each on its server.
         findings: the worst first.
         tiers: the deadlines that the measured speed gives, by the block's path.
@@ -58,26 +58,24 @@ class Diagnosis:
     """
 
     config: Path
-    machine: Optional[Machine] = None
-    subjects: tuple[Subject, ...] = ()
-    findings: tuple[Finding, ...] = ()
-    tiers: Mapping[str, list[TierOf]] = field(default_factory=dict)
-    offline: bool = False
+    machine: Machine
+    subjects: tuple[Subject, ...]
+    findings: tuple[Finding, ...]
+    tiers: Mapping[str, list[TierOf]]
+    offline: bool
 
     @property
-    def changes(self) -> tuple[Change, ...]:
+    def changes(self) -> tuple[SettingChange, ...]:
         """The settings that mend the findings; of two for one setting that of the worse finding."""
-        found: dict[Any, Change] = {}
+        found: dict[Any, SettingChange] = {}
         for finding in self.findings:
             for change in finding.changes:
                 found.setdefault(change.steps, change)
         return tuple(found.values())
 
 
-async def diagnose(
-    named: Optional[Path] = None, *, offline: bool = False, quick: bool = False, say: Say = lambda text: None
-) -> Diagnosis:
-    """Looks at everything.
+def diagnose(named: Optional[Path], *, offline: bool, quick: bool, say: Say) -> Diagnosis:
+    """Looks at everything. KeyboardInterrupt ends it at once, and the request that runs.
 
     Args:
         named: the configuration to look at; None for those that MetaGPT reads.
@@ -85,6 +83,10 @@ async def diagnose(
         quick: ask servers, but measure nothing.
         say: gets a line before each thing that takes time.
     """
+    return asyncio.run(_diagnose(named, offline, quick, say))
+
+
+async def _diagnose(named: Optional[Path], offline: bool, quick: bool, say: Say) -> Diagnosis:
     config = configuration(named)
     findings = [*config.findings, *_judge_config(config), *_judge_installation()]
     say("looking at this machine")
@@ -124,7 +126,7 @@ def _judge_config(config: Configuration) -> list[Finding]:
 
 def _not_ours(config: Configuration, llm: Mapping[str, Any]) -> Finding:
     fit = str(llm.get("api_type") or "") in _COMPATIBLE and llm.get("base_url")
-    changes = (Change.at("llm", "api_type", "local_llm"),) if fit else ()
+    changes = (SettingChange.at("llm", "api_type", "local_llm"),) if fit else ()
     return Finding(
         Severity.WARNING, "api_type", "MetaGPT does not use this package", f"{config.path}: {NOT_OURS}",
         "Set llm.api_type: local_llm", changes, "llm",
@@ -146,9 +148,11 @@ def _judge_installation() -> list[Finding]:
 
 def _blocks(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """What is set up for this package; where nothing is, the server that MetaGPT would use without it."""
-    ours = our_blocks(content) if isinstance(content.get("llm"), dict) else []
     llm = content.get("llm")
-    if not ours and isinstance(llm, dict) and llm.get("base_url") and llm.get("model"):
+    if not isinstance(llm, dict):
+        return []
+    ours = our_blocks(content)
+    if not ours and llm.get("base_url") and llm.get("model"):
         subject = Subject("llm", llm, LocalSettings(), Seen(endpoint_of(llm)))
         if subject.here and str(llm.get("api_type") or "") in _COMPATIBLE:
             return [("llm", llm)]
@@ -277,8 +281,3 @@ def _elsewhere(subject: Subject) -> Finding:
         f"{subject.endpoint.address} is not an address of this machine",
         "Run `metagpt-localllm doctor` there, too, to have them looked at.", about=subject.about,
     )  # fmt: skip
-
-
-def run(named: Optional[Path], *, offline: bool, quick: bool, say: Say) -> Diagnosis:
-    """:func:`diagnose` on an event loop of its own; KeyboardInterrupt ends it at once, and the request that runs."""
-    return asyncio.run(diagnose(named, offline=offline, quick=quick, say=say))

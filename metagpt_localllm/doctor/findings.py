@@ -6,9 +6,10 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any, Iterable, Union
 
+from metagpt_localllm.config_text import key_path
 from metagpt_localllm.transport import without_login
 
-__all__ = ["Change", "Finding", "Severity", "exit_code", "gigabytes", "shown"]
+__all__ = ["Finding", "SettingChange", "Severity", "exit_code", "gigabytes", "shown"]
 
 
 class Severity(enum.IntEnum):
@@ -25,7 +26,7 @@ class Severity(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Change:
+class SettingChange:
     """A setting of config2.yaml that mends a finding.
 
     Attributes:
@@ -43,15 +44,11 @@ class Change:
         return ".".join(map(str, self.steps))
 
     @classmethod
-    def at(cls, about: str, setting: str, value: Any) -> Change:
+    def at(cls, about: str, setting: str, value: Any) -> SettingChange:
         """The change of a setting (such as ``local.context.window``) of the block ``about`` (as checking.llm_blocks has it)."""
         kind, _, name = about.partition(".")
-        block: tuple[Union[str, int], ...] = (kind, name) if kind == "models" else _steps(about)
-        return cls((*block, *_steps(setting)), value)
-
-
-def _steps(path: str) -> tuple[Union[str, int], ...]:
-    return tuple(int(step) if step.isdigit() else step for step in path.split("."))
+        block: tuple[Union[str, int], ...] = (kind, name) if kind == "models" else key_path(about)
+        return cls((*block, *key_path(setting)), value)
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Finding:
     title: str
     evidence: str = ""
     remedy: str = ""
-    changes: tuple[Change, ...] = ()
+    changes: tuple[SettingChange, ...] = ()
     about: str = ""
 
     def as_dict(self) -> dict[str, Any]:

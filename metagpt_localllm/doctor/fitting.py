@@ -8,17 +8,18 @@ from typing import Iterable, Optional
 
 from metagpt_localllm.doctor.findings import Finding, Severity, gigabytes
 from metagpt_localllm.doctor.machine import Machine
-from metagpt_localllm.doctor.memory import smaller
+from metagpt_localllm.doctor.memory import Need, smaller
 from metagpt_localllm.doctor.subject import Subject
 from metagpt_localllm.journal import CallRecord
+from metagpt_localllm.statistics import known_number, mappings, percentile
 
 __all__ = ["Wanted", "judge_context", "judge_load", "judge_memory", "wanted_window"]
 
 #: Context windows in tokens, by MetaGPT's main version: with less this package has nothing left to trim, and what is
 #: comfortable. 0.8.2's software company sends prompts of 1,000 to 5,000 tokens, the roles of 1.0.0 20,000 and more (measured).
 _LEAST, _GOOD = {0: 3500, 1: 7500}, {0: 8192, 1: 32768}
-#: Calls in the journal from which on their sizes say more than these numbers, and the part of them that is to fit.
-_ENOUGH_CALLS, _PART = 20, 0.95
+#: Calls in the journal from which on their sizes say more than these numbers, and how many per cent of them are to fit.
+_ENOUGH_CALLS, _PER_CENT = 20, 95
 #: Of memory that programs can have, the part that a model may take.
 _USABLE = 0.9
 #: Bytes per second at which two channels of DDR5 memory are read, at the most: a model that is read more slowly by a GPU
@@ -34,7 +35,8 @@ _SWAPPED, _SWAPPED_PART = 1e9, 0.05
 
 @dataclass(frozen=True)
 class Wanted:
-    """Context windows in tokens: the ``least`` with which a run has a chance, a ``good`` one, and where that is known from."""
+    """What MetaGPT wants, in tokens: the ``least`` context window with which a run has a chance, a ``good`` one, ``why``, and the
+    size of a large ``prompt``."""
 
     least: int
     good: int
@@ -55,7 +57,7 @@ def wanted_window(metagpt: Optional[str], calls: Iterable[CallRecord] = ()) -> W
     if len(sizes) < _ENOUGH_CALLS:
         why = f"MetaGPT {metagpt or '0.8.2'} works best with {good:,} or more (measured with its own roles)"
         return Wanted(least, good, why, good * 3 // 4)
-    typical, largest = sizes[math.ceil(len(sizes) * _PART) - 1], sizes[-1]
+    typical, largest = int(percentile(sizes, _PER_CENT)), sizes[-1]
     # A quarter is kept for the answer.
     good = max(1024 * math.ceil(typical * 4 / 3 / 1024), 4096)
     why = f"your own {len(sizes)} calls had prompts of up to {largest:,} tokens, 19 of 20 had at most {typical:,}"
@@ -64,9 +66,9 @@ def wanted_window(metagpt: Optional[str], calls: Iterable[CallRecord] = ()) -> W
 
 def _prompt(call: CallRecord) -> int:
     """Tokens of a call's prompt before it was trimmed."""
-    sizes = [int(attempt.get("prompt_tokens") or 0) for attempt in call.attempts if isinstance(attempt, dict)]
-    removed = [int(trim.get("removed_tokens") or 0) for trim in call.trims if isinstance(trim, dict)]
-    return max(sizes, default=0) + sum(removed)
+    sizes = [known_number(attempt.get("prompt_tokens")) or 0 for attempt in mappings(call.attempts)]
+    removed = [known_number(trim.get("removed_tokens")) or 0 for trim in mappings(call.trims)]
+    return int(max(sizes, default=0) + sum(removed))
 
 
 def judge_context(subject: Subject, wanted: Wanted) -> list[Finding]:
@@ -139,11 +141,11 @@ def judge_memory(subject: Subject, machine: Machine) -> list[Finding]:
                 Finding(
                     Severity.WARNING, "memory", "The model is too large for this machine's memory",
                     f"{parts}; there are {have}. What does not fit is read from the disk again and again",
-                    _smaller(subject, room), about=about,
+                    _smaller(needs, subject, room), about=about,
                 )
             )  # fmt: skip
         elif vram and needs.total > vram:
-            hint = _smaller(subject, vram * _USABLE)
+            hint = _smaller(needs, subject, vram * _USABLE)
             if not subject.anatomy.resident:
                 findings.append(
                     Finding(
@@ -156,13 +158,11 @@ def judge_memory(subject: Subject, machine: Machine) -> list[Finding]:
     return findings
 
 
-def _smaller(subject: Subject, room: float) -> str:
-    needs, kind = subject.need, subject.server.facts.quantization
-    fitting = smaller(needs, kind, room) if needs is not None else None
+def _smaller(needs: Need, subject: Subject, room: float) -> str:
+    fitting = smaller(needs, subject.server.facts.quantization, room)
     if fitting is None:
         return "Take a model with fewer parameters, or load it with less context."
     name, weights = fitting
-    assert needs is not None
     return (
         f"Take the same model as {name}: weights {gigabytes(weights)} + context {gigabytes(needs.cache)} = "
         f"{gigabytes(weights + needs.cache)}. (Reckoned from the bits per weight of each quantization.)"
@@ -200,21 +200,14 @@ def _on_cpu(subject: Subject, machine: Machine, hint: str) -> list[Finding]:
         )
     else:
         return []
-    return [
-        Finding(
-            Severity.WARNING,
-            "cpu",
-            "The model seems to run on the CPU, wholly or in part",
-            evidence,
-            remedy,
-            about=about,
-        )
-    ]
+    title = "The model seems to run on the CPU, wholly or in part"
+    return [Finding(Severity.WARNING, "cpu", title, evidence, remedy, about=about)]
 
 
 def _swap(subject: Subject, machine: Machine) -> list[Finding]:
+    needs = subject.need
     if machine.swap_used >= _SWAPPED and machine.swap_used >= _SWAPPED_PART * machine.memory:
-        hint = _smaller(subject, machine.available) if subject.need is not None else ""
+        hint = _smaller(needs, subject, machine.available) if needs is not None else ""
         return [
             Finding(
                 Severity.WARNING, "swap", f"This machine has moved {gigabytes(machine.swap_used)} of its memory to the disk (swap)",
@@ -223,7 +216,6 @@ def _swap(subject: Subject, machine: Machine) -> list[Finding]:
                 f"Close what is not needed, and start the server anew. {hint}".strip(),
             )
         ]  # fmt: skip
-    needs = subject.need
     on_cpu = needs is not None and needs.total > (0 if machine.unified else machine.vram)
     if machine.swap == 0 and needs is not None and on_cpu and needs.total > 0.7 * machine.memory:
         return [

@@ -1,7 +1,7 @@
 """How fast the server reads and writes, measured by a few short chats over the real connection.
 
 The first chat is tiny, and the size of each further one follows from the speed seen so far: together they take some
-seconds, and never longer than ``limit``. Every prompt begins with other words, so that no cache has it, but for the last
+seconds, and never longer than LIMIT. Every prompt begins with other words, so that no cache has it, but for the last
 one, which asks whether the cache works.
 """
 
@@ -16,15 +16,16 @@ import anyio
 import httpx
 
 from metagpt_localllm import failures
-from metagpt_localllm.answer import Answer
+from metagpt_localllm.answer import Answer, OddChunk, chunk_of
 from metagpt_localllm.attempt import broken
 from metagpt_localllm.failures import Failure
 from metagpt_localllm.latency import Sample
 from metagpt_localllm.servers import Server
 from metagpt_localllm.servers.base import Timings, positive
-from metagpt_localllm.sse import SSEDecoder
+from metagpt_localllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from metagpt_localllm.tokens import estimate_prompt
 from metagpt_localllm.transport import Endpoint, client_for
+from metagpt_localllm.unpacking import BodyTooLarge, error_text, pieces, read_body
 
 __all__ = ["LIMIT", "Measured", "measure"]
 
@@ -119,13 +120,13 @@ class Measured:
     limited: bool = False
 
 
-async def measure(endpoint: Endpoint, server: Server, limit: float = LIMIT) -> Measured:
-    """Measures for at most ``limit`` seconds; what is known by then is told. Never raises."""
+async def measure(endpoint: Endpoint, server: Server) -> Measured:
+    """Measures for at most LIMIT seconds; what is known by then is told. Never raises."""
     course = _Course(endpoint, server)
     begun = anyio.current_time()
-    with anyio.move_on_after(limit) as scope:
+    with anyio.move_on_after(LIMIT) as scope:
         try:
-            await course.run(begun + limit)
+            await course.run(begun + LIMIT)
         except _Failed as failed:
             said = endpoint.without_key(failed.failure.what)
             course.found = replace(course.found, failure=said, remedy=failed.failure.remedy)
@@ -224,21 +225,20 @@ class _Course:
                     response.status_code, headers=response.headers, request=httpx.Request("POST", endpoint.address)
                 )
                 if response.status_code != 200:
-                    text = (await response.aread()).decode("utf-8", "replace")
-                    raise _Failed(failures.from_response(bare, text))
+                    raise _Failed(failures.from_response(bare, await error_text(response), endpoint.api_key))
                 if "json" in response.headers.get("content-type", ""):  # it does not stream at all
-                    _take(answer, await response.aread(), bare)
+                    _has_token(answer, await read_body(response, MAX_EVENT_BYTES), bare, endpoint.api_key)
                     arrivals.append(anyio.current_time())
                 else:
-                    async for portion in response.aiter_bytes():
+                    async for portion in pieces(response):
                         for data in decoder.feed(portion):
-                            arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
+                            arrivals += [anyio.current_time()] if _has_token(answer, data, bare, endpoint.api_key) else []
                 for data in decoder.close():
-                    arrivals += [anyio.current_time()] if _take(answer, data, bare) else []
-        except (json.JSONDecodeError, httpx.StreamError):
-            raise _Failed(broken("the stream holds something that is no chat chunk")) from None
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            raise _Failed(failures.from_exception(error, endpoint.address, bool(arrivals))) from None
+                    arrivals += [anyio.current_time()] if _has_token(answer, data, bare, endpoint.api_key) else []
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise _Failed(failures.from_exception(error, endpoint.address, bool(arrivals), endpoint.api_key)) from None
+        except (OddChunk, EventTooLarge, BodyTooLarge) as error:
+            raise _Failed(broken(str(error))) from None
         if not arrivals:
             raise _Failed(broken("the answer ended without a token"))
         usage, estimated = answer.usage or {}, estimate_prompt(messages)
@@ -252,15 +252,15 @@ class _Course:
         )  # fmt: skip
 
 
-def _take(answer: Answer, data: bytes, bare: httpx.Response) -> bool:
-    """Whether there is a token in this event."""
+def _has_token(answer: Answer, data: bytes, bare: httpx.Response, key: str) -> bool:
+    """Whether there is a token in this event, which is added to the answer."""
     if data == b"[DONE]":
         return False
-    chunk = json.loads(data)
-    if not isinstance(chunk, dict):
+    chunk = chunk_of(data)
+    if chunk is None:
         return False
     if chunk.get("error"):
-        raise _Failed(failures.from_error_body(chunk, bare.request))
+        raise _Failed(failures.from_error_body(chunk, bare.request, key))
     return answer.add(chunk)[0]
 
 

@@ -18,6 +18,8 @@ BITS_PER_WEIGHT: Mapping[str, float] = {
     "Q2_K": 3.1593, "Q2_K_S": 2.9697, "IQ2_M": 2.9294, "IQ2_S": 2.7403, "IQ2_XS": 2.5882, "IQ2_XXS": 2.3824,
     "IQ1_M": 2.146, "IQ1_S": 2.0042,
 }  # fmt: skip
+#: Of a model of which no more is known: Q4_K_M is what most people load.
+_USUAL_BITS = BITS_PER_WEIGHT["Q4_K_M"]
 #: Those that people publish, the largest first. Below them answers get visibly worse.
 _COMMON = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_S", "IQ3_XXS")
 #: Bytes of keys and values per token of context, for models of so many parameters: Llama 3.2 1B, Qwen 2.5 3B, Llama 3.1
@@ -58,19 +60,20 @@ def need(anatomy: Anatomy, quantization: str, window: int, name: str = "") -> Op
     assumed: list[str] = []
     parameters: Optional[float] = anatomy.parameters
     kind = normalized(quantization)
-    if parameters is None and parameters_in(name):
+    bits = BITS_PER_WEIGHT[kind] if kind is not None else _USUAL_BITS
+    if parameters is None:
         parameters = parameters_in(name)
-        assumed.append(f"{(parameters or 0) / 1e9:.3g}B parameters, from the name")
+        if parameters is not None:
+            assumed.append(f"{parameters / 1e9:.3g}B parameters, from the name")
     weights = anatomy.weights
     if weights is None:
         if parameters is None:
             return None
-        bits = BITS_PER_WEIGHT.get(kind or "", 4.8944)
         weights = int(parameters * bits / 8)
-        assumed.append(f"weights of {bits:.3g} bits each" + ("" if kind in BITS_PER_WEIGHT else ", as Q4_K_M has"))
+        assumed.append(f"weights of {bits:.3g} bits each" + ("" if kind is not None else ", as Q4_K_M has"))
     per_token = _per_token(anatomy)
     if per_token is None:
-        guess = parameters or weights * 8 / BITS_PER_WEIGHT.get(kind or "", 4.8944)
+        guess = parameters or weights * 8 / bits
         nearest = min(_USUAL, key=lambda size: abs(size - guess))
         per_token = _USUAL[nearest]
         assumed.append(f"{per_token >> 10} KiB per token of context, as usual for models of that size")
@@ -91,11 +94,13 @@ def smaller(now: Need, quantization: str, room: float) -> Optional[tuple[str, in
 
     None where the present one is not known, or none fits.
     """
-    bits = BITS_PER_WEIGHT.get(normalized(quantization) or "")
-    for name in _COMMON if bits else ():
-        weights = int(now.weights * BITS_PER_WEIGHT[name] / (bits or 1))
-        if BITS_PER_WEIGHT[name] < (bits or 0) and weights + now.cache <= room:
-            return name, weights
+    kind = normalized(quantization)
+    if kind is None:
+        return None
+    for name in _COMMON:
+        part = BITS_PER_WEIGHT[name] / BITS_PER_WEIGHT[kind]
+        if part < 1 and now.weights * part + now.cache <= room:
+            return name, int(now.weights * part)
     return None
 
 

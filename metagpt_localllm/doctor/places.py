@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
-from metagpt_localllm.checking import ConfigError, read_config
-from metagpt_localllm.config_file import config_files
+from metagpt_localllm.config_file import ConfigFileError, config_files, content_of
 from metagpt_localllm.doctor.findings import Finding, Severity
 
 __all__ = ["Configuration", "configuration"]
@@ -28,7 +27,7 @@ class Configuration:
     findings: tuple[Finding, ...] = ()
 
 
-def configuration(named: Optional[Path] = None) -> Configuration:
+def configuration(named: Optional[Path]) -> Configuration:
     """Reads the configuration as MetaGPT would, or only the file ``named``. Never raises."""
     own = config_files()[::-1]
     if named is not None:
@@ -45,8 +44,8 @@ def configuration(named: Optional[Path] = None) -> Configuration:
     findings: list[Finding] = []
     for path in existing:
         try:
-            loaded = read_config(path)
-        except ConfigError as error:
+            loaded = content_of(path) or {}
+        except ConfigFileError as error:
             findings.append(_unreadable(error))
             continue
         content.update(loaded)
@@ -60,9 +59,12 @@ def configuration(named: Optional[Path] = None) -> Configuration:
 
 def _named(named: Path, own: list[Path]) -> Configuration:
     try:
-        content = read_config(named)
-    except ConfigError as error:
+        content = content_of(named)
+    except ConfigFileError as error:
         return Configuration(named, findings=(_unreadable(error),))
+    if content is None:
+        title, remedy = f"{named} does not exist", "Name another file, or run `metagpt-localllm init`, which writes it."
+        return Configuration(named, findings=(Finding(Severity.BROKEN, "no_config", title, remedy=remedy),))
     findings = []
     here = named.resolve()
     if here not in [path.resolve() for path in own]:
@@ -79,8 +81,8 @@ def _named(named: Path, own: list[Path]) -> Configuration:
 
 def _has_llm(path: Path) -> bool:
     try:
-        return isinstance(read_config(path).get("llm"), dict)
-    except ConfigError:
+        return isinstance((content_of(path) or {}).get("llm"), dict)
+    except ConfigFileError:
         return False
 
 
@@ -92,6 +94,6 @@ def _two_copies(loser: Path, winner: Path) -> Finding:
     )  # fmt: skip
 
 
-def _unreadable(error: ConfigError) -> Finding:
+def _unreadable(error: ConfigFileError) -> Finding:
     title, *rest = str(error).splitlines()
     return Finding(Severity.BROKEN, "config", title, remedy="\n".join(rest))

@@ -7,7 +7,7 @@ from typing import Any, Mapping, Optional
 from urllib.parse import urlsplit
 
 from metagpt_localllm.checking import Seen, endpoint_of
-from metagpt_localllm.doctor.findings import Change
+from metagpt_localllm.doctor.findings import SettingChange
 from metagpt_localllm.doctor.measuring import Measured
 from metagpt_localllm.doctor.memory import Need, need
 from metagpt_localllm.servers import Server
@@ -73,6 +73,6 @@ class Subject:
         """Tokens that an answer may have (``llm.max_token``; MetaGPT's own default is 4,096)."""
         return positive(self.block.get("max_token")) or 4096
 
-    def change(self, setting: str, value: Any) -> tuple[Change, ...]:
+    def change(self, setting: str, value: Any) -> tuple[SettingChange, ...]:
         """The change of a setting of its block, such as ``base_url`` or ``local.context.window``."""
-        return (Change.at(self.about, setting, value),)
+        return (SettingChange.at(self.about, setting, value),)

@@ -15,6 +15,7 @@ from metagpt_localllm.doctor.machine import Machine
 from metagpt_localllm.doctor.subject import Subject
 from metagpt_localllm.doctor.timing import TierOf
 from metagpt_localllm.settings import format_duration
+from metagpt_localllm.wording import counted
 
 __all__ = ["as_json", "as_text"]
 
@@ -24,11 +25,11 @@ _GLUE = "\x00"
 _COLORS = {Severity.BROKEN: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
-def as_json(diagnosis: Diagnosis, written: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+def as_json(diagnosis: Diagnosis, written: Optional[dict[str, Any]]) -> dict[str, Any]:
     """Everything, in plain values: sizes in bytes, times in seconds, speeds in tokens per second.
 
     Args:
-        written: what ``--write`` did.
+        written: what ``--write`` did; None without it.
     """
     return {
         "exit_code": exit_code(diagnosis.findings),
@@ -37,7 +38,7 @@ def as_json(diagnosis: Diagnosis, written: Optional[dict[str, Any]] = None) -> d
         "findings": [finding.as_dict() for finding in diagnosis.findings],
         "changes": {change.path: shown(change.value) for change in diagnosis.changes},
         "servers": [_server(subject, diagnosis.tiers.get(subject.about, [])) for subject in diagnosis.subjects],
-        "machine": asdict(diagnosis.machine) if diagnosis.machine is not None else None,
+        "machine": asdict(diagnosis.machine),
         "written": written,
     }
 
@@ -60,7 +61,7 @@ def _server(subject: Subject, tiers: list[TierOf]) -> dict[str, Any]:
     }
 
 
-def as_text(diagnosis: Diagnosis, width: int = 100, written: Optional[dict[str, Any]] = None) -> str:
+def as_text(diagnosis: Diagnosis, width: int, written: Optional[dict[str, Any]]) -> str:
     """The same for people, the most important first."""
     lines = [*_head(diagnosis), ""]
     for number, finding in enumerate(diagnosis.findings, 1):
@@ -82,8 +83,7 @@ def _head(diagnosis: Diagnosis) -> Iterator[str]:
         needs = subject.need
         if needs is not None and subject.seen.trouble is None:
             yield f"Model          {gigabytes(needs.weights)} of weights + {gigabytes(needs.cache)} for its context ({needs.how})"
-    if diagnosis.machine is not None:
-        yield f"This machine   {_about_machine(diagnosis.machine)}"
+    yield f"This machine   {_about_machine(diagnosis.machine)}"
 
 
 def _about_server(subject: Subject) -> str:
@@ -113,8 +113,8 @@ def _speed(subject: Subject) -> str:
     )
 
 
-def _rate(speed: Optional[float]) -> str:
-    return f"{speed:,.0f}" if speed and speed >= 100 else f"{speed:.2g}"
+def _rate(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.2g}"
 
 
 def _about_machine(machine: Machine) -> str:
@@ -147,11 +147,8 @@ def _wrapped(label: str, text: str, width: int, plain: Optional[str] = None) -> 
         for part in textwrap.wrap(
             whole, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         ):  # fmt: skip
-            yield (
-                part.replace(_GLUE, " ").replace(plain or label, label, 1)
-                if first != indent
-                else part.replace(_GLUE, " ")
-            )
+            told = part.replace(_GLUE, " ")
+            yield told if first == indent else label + told[len(first) :]
             first = indent
 
 
@@ -174,11 +171,11 @@ def _end(diagnosis: Diagnosis) -> Iterator[str]:
     held = sum(finding.severity is Severity.WARNING for finding in diagnosis.findings)
     if broken:
         yield click.style(
-            f"MetaGPT cannot run like this: {_counted(broken, 'thing')} must be mended first.", fg="red", bold=True
+            f"MetaGPT cannot run like this: {counted(broken, 'thing')} must be mended first.", fg="red", bold=True
         )
     elif held:
         yield click.style(
-            f"It works, but {_counted(held, 'thing')} hold{'s' if held == 1 else ''} it back.", fg="yellow", bold=True
+            f"It works, but {counted(held, 'thing')} hold{'s' if held == 1 else ''} it back.", fg="yellow", bold=True
         )
     else:
         yield click.style("Nothing holds this machine back.", fg="green", bold=True)
@@ -205,7 +202,3 @@ def _written(written: dict[str, Any]) -> Iterator[str]:
         yield "The measured speed is kept for timeouts: auto."
     if written["settings"]:
         yield "Run `metagpt-localllm doctor` again to see whether that was all."
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

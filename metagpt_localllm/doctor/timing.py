@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Iterable, Optional, Union
 
-from metagpt_localllm.doctor.findings import Change, Finding, Severity
+from metagpt_localllm.doctor.findings import Finding, SettingChange, Severity
 from metagpt_localllm.doctor.subject import Subject
 from metagpt_localllm.latency import DEFAULTS, Estimator, Sample, deadline
 from metagpt_localllm.settings import Tier, Timeouts, format_duration
+from metagpt_localllm.wording import duration
 
 __all__ = ["TierOf", "estimator_of", "judge_deadlines", "proposed_tiers", "tiers_as_change"]
 
@@ -30,7 +31,7 @@ class TierOf:
     total: float
 
 
-def estimator_of(subject: Subject, earlier: Iterable[Sample] = ()) -> Estimator:
+def estimator_of(subject: Subject, earlier: Iterable[Sample]) -> Estimator:
     """What earlier calls and this measurement have taught."""
     return Estimator([*earlier, *(subject.measured.samples if subject.measured is not None else ())])
 
@@ -54,7 +55,7 @@ def proposed_tiers(subject: Subject, estimator: Estimator, window: int) -> list[
     return tiers
 
 
-def tiers_as_change(subject: Subject, tiers: Iterable[TierOf]) -> tuple[Change, ...]:
+def tiers_as_change(subject: Subject, tiers: Iterable[TierOf]) -> tuple[SettingChange, ...]:
     """The same as fixed tiers in config2.yaml; the last one has no upper limit, so that every prompt has one."""
     listed = list(tiers)
     value: list[dict[str, Any]] = []
@@ -124,11 +125,7 @@ def _too_short(
     path = f"{subject.about}.{setting}"
     return Finding(
         Severity.WARNING, "deadline", f"{path} is too short for this machine: {format_duration(given)}",
-        f"at the measured speed, {what} takes up to {_about(needed)}; the call would be given up and begun again",
+        f"at the measured speed, {what} takes up to {duration(needed)}; the call would be given up and begun again",
         f"Set {path}: {value}" + (", which learns from each call." if value == "auto" else ", or leave it out."),
         subject.change(setting, value), subject.about,
     )  # fmt: skip
-
-
-def _about(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 180 else f"{seconds / 60:.0f} min"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Iterable, Optional, Sequence
+from typing import Callable, Iterable, Optional, Sequence
 
 from metagpt_localllm.reporting.markup import table, text
 from metagpt_localllm.reporting.scales import (
@@ -12,19 +13,21 @@ from metagpt_localllm.reporting.scales import (
     bins,
     count,
     count_ticks,
-    duration,
     duration_short,
-    rate,
     share,
 )
 from metagpt_localllm.statistics import percentile, percentiles
+from metagpt_localllm.wording import duration, rate
 
-__all__ = ["Point", "Ratio", "columns_over_time", "histogram", "legend", "ratios", "scatter", "stacked"]
+__all__ = ["POINT_KINDS", "Point", "Ratio", "columns_over_time", "histogram", "legend", "ratios", "scatter", "stacked"]
 
 #: Of this many attempts each one's deadline is drawn; of more, the middle and the range by size of the prompt.
 _SINGLE_DEADLINES = 300
 #: Parts of an axis between two labels, at the least: of a small figure, and of one as wide as the page.
 _NARROW, _WIDE = 0.17, 0.08
+#: Kinds of points in the scatter plot: most of the prompt was read anew, or the server does not say; most came from its cache;
+#: no token came.
+POINT_KINDS = ("new", "cached", "none")
 #: Columns of a chart over time.
 _COLUMNS = 40
 
@@ -35,8 +38,7 @@ class Point:
 
     Attributes:
         call: index of its call.
-        kind: new (most of the prompt was read anew, or the server does not say), cached (most came from its cache), or
-            none (no token came).
+        kind: one of POINT_KINDS.
         tokens: of the prompt.
         seconds: to the first token, or those that were waited in vain.
         deadline: for the first token, in seconds; None: not known.
@@ -109,7 +111,7 @@ def scatter(points: Sequence[Point]) -> str:
         lower = [at(tokens, least) for tokens, least, _, _ in reversed(classes)]
         drawn.append(("band", f"M{'L'.join(upper + lower)}z"))
         drawn.append(("deadline", "M" + "L".join(at(tokens, middle) for tokens, _, middle, _ in classes)))
-    for kind in ("new", "cached", "none"):
+    for kind in POINT_KINDS:
         dots = "".join(f"M{at(point.tokens, point.seconds)}h.01" for point in points if point.kind == kind)
         if dots:
             drawn.append((f"dots {kind}", dots))
@@ -147,24 +149,14 @@ def histogram(title: str, unit: str, values: Iterable[Optional[float]]) -> str:
     told = percentiles(known)
     if told is None:
         return f'<figure><figcaption><h3>{text(title)}</h3></figcaption><p class="note">No call has this figure.</p></figure>'
-    write = duration if unit == "s" else rate
-    edges, by_factor = bins([max(value, 1e-3) for value in known], of_time=unit == "s")
+    of_time = unit == "s"
+    write = duration if of_time else rate
+    edges, by_factor = bins([max(value, 1e-3) for value in known], of_time=of_time)
     counts = [0] * (len(edges) - 1)
-    place = 0
     for value in known:
-        while place < len(counts) - 1 and value >= edges[place + 1]:
-            place += 1
-        counts[place] += 1
+        counts[min(max(bisect_right(edges, value) - 1, 0), len(counts) - 1)] += 1
     rows = [(f"{write(low)} to {write(high)}", number) for low, high, number in zip(edges, edges[1:], counts)]
-    if by_factor:
-        scale = LogScale(edges, of_time=unit == "s")
-        scale.low, scale.high = edges[0], edges[-1]
-        where, ticks = scale.place, scale.ticks()
-    else:
-        def where(value: float) -> float:
-            return (value - edges[0]) / (edges[-1] - edges[0])
-
-        ticks = [(edge, duration_short(edge) if unit == "s" else f"{edge:g}") for edge in edges]
+    where, ticks = _axis(edges, by_factor, of_time)
     heights = count_ticks(max(counts))
     top = heights[-1]
     bars = "".join(
@@ -178,11 +170,11 @@ def histogram(title: str, unit: str, values: Iterable[Optional[float]]) -> str:
     )
     of = f"{title}, {count(told.count)} answered calls"
     words = f"p50 {write(told.p50)}, p95 {write(told.p95)}, p99 {write(told.p99)}, most {write(told.most)}"
-    words += "" if unit == "s" else f" {unit}"
+    words += "" if of_time else f" {unit}"
     places = apart([(where(one), label) for one, label in ticks], _NARROW)
     plot = _plot(
         f"{of}. {words}. The arrow keys go from bar to bar.", bars + marks,
-        (f"{'seconds' if unit == 's' else unit}{' (log scale)' if by_factor else ''}", places),
+        (f"{'seconds' if of_time else unit}{' (log scale)' if by_factor else ''}", places),
         ("calls", [(number / top, count(number)) for number in heights]),
     )  # fmt: skip
     data = table(of, (("from, to", False), ("calls", True)), [(text(between), count(number)) for between, number in rows])
@@ -190,6 +182,16 @@ def histogram(title: str, unit: str, values: Iterable[Optional[float]]) -> str:
         f"<figure><figcaption><h3>{text(title)}</h3><p>{text(words)}</p></figcaption>{plot}"
         f"<details><summary>As a table</summary>{data}</details></figure>"
     )
+
+
+def _axis(edges: Sequence[float], by_factor: bool, of_time: bool) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Where a value lies between the edges of the bins, 0 to 1; and round values with their labels."""
+    if by_factor:
+        scale = LogScale(edges, of_time=of_time)
+        scale.low, scale.high = edges[0], edges[-1]
+        return scale.place, scale.ticks()
+    ticks = [(edge, duration_short(edge) if of_time else f"{edge:g}") for edge in edges]
+    return lambda value: (value - edges[0]) / (edges[-1] - edges[0]), ticks
 
 
 # --------------------------------------------------------------------------------------------- shares

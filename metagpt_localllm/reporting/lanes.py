@@ -10,8 +10,9 @@ from metagpt_localllm.reporting.charts import legend
 from metagpt_localllm.reporting.markup import clean, name, text
 from metagpt_localllm.reporting.phases import KINDS
 from metagpt_localllm.reporting.recorded import Call, Recorded
-from metagpt_localllm.reporting.scales import count, duration, short, tick_label, time_step
-from metagpt_localllm.reporting.timeline import LANE_HEIGHT, WIDTH, Axis, axis_of, paths, rows_of
+from metagpt_localllm.reporting.scales import short, tick_label, time_step
+from metagpt_localllm.reporting.timeline import LANE_HEIGHT, WIDTH, Axis, paths, rows_of
+from metagpt_localllm.wording import counted, duration
 
 __all__ = ["as_data", "timeline"]
 
@@ -24,8 +25,7 @@ _FIELDS = (
 
 def timeline(recorded: Recorded) -> str:
     """A lane for each role, those first that were called first."""
-    calls = recorded.calls
-    axis = axis_of((call.begin, call.end) for call in calls)
+    calls, axis = recorded.calls, recorded.axis
     lanes = _lanes(calls)
     shown = [kind for kind in KINDS if any(phase.kind == kind for call in calls for phase in call.phases)]
     drawn = []
@@ -36,14 +36,14 @@ def timeline(recorded: Recorded) -> str:
         svg = "".join(f'<path class="phase {kind}" d="{path}"/>' for kind, path in found.items())
         spent = sum(calls[index].end - calls[index].begin for index in members)
         drawn.append(
-            f'<div class="lane"><p><b>{name(role)}</b> <span class="muted">{count(len(members))} '
-            f'{"call" if len(members) == 1 else "calls"}, {duration(spent)}</span></p>'
+            f'<div class="lane"><p><b>{name(role)}</b> <span class="muted">{counted(len(members), "call")}, '
+            f'{duration(spent)}</span></p>'
             f'<div class="rows" data-lane="{number}" style="height:{height}px"><svg viewBox="0 0 {WIDTH} {height}" '
             f'preserveAspectRatio="none" aria-hidden="true">{svg}</svg></div></div>'
         )
     idle = sum(fold.end - fold.begin for fold in axis.folds)
     folded = (
-        f"<p class=\"note\">{len(axis.folds)} idle {'stretch' if len(axis.folds) == 1 else 'stretches'} of {duration(idle)} in all "
+        f"<p class=\"note\">{counted(len(axis.folds), 'idle stretch', 'idle stretches')} of {duration(idle)} in all "
         "are folded (hatched).</p>" if axis.folds else ""
     )  # fmt: skip
     return (
@@ -56,8 +56,7 @@ def timeline(recorded: Recorded) -> str:
 
 def as_data(recorded: Recorded) -> dict[str, Any]:
     """What page.js needs for the timeline, the tooltips and the table of calls. Times in seconds, from the axis' beginning."""
-    calls = recorded.calls
-    axis = axis_of((call.begin, call.end) for call in calls)
+    calls, axis = recorded.calls, recorded.axis
     names: dict[str, dict[str, int]] = {kind: {} for kind in ("run", "role", "action", "tier", "model", "outcome")}
     rows = {
         index: row

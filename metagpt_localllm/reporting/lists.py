@@ -7,8 +7,9 @@ from typing import Optional, Sequence
 
 from metagpt_localllm.reporting.markup import Column, name, table, text
 from metagpt_localllm.reporting.recorded import Call, Recorded
-from metagpt_localllm.reporting.scales import count, duration, rate, share, short
+from metagpt_localllm.reporting.scales import count, share, short
 from metagpt_localllm.statistics import TIMEOUTS, Percentiles, known_number, summarize
+from metagpt_localllm.wording import duration, rate
 
 __all__ = ["PAGE", "calls", "failures", "groups", "runs", "savings"]
 
@@ -64,7 +65,7 @@ def failures(recorded: Recorded) -> str:
     lost: dict[str, float] = defaultdict(float)
     for call, _, attempt in failed:
         kinds[attempt.error] += 1
-        lost[attempt.error] += max((attempt.ended or attempt.at) - attempt.at, 0.0)
+        lost[attempt.error] += attempt.seconds
         answered[attempt.error] += call.record.outcome == "done"
     columns: list[Column] = [("error", False), ("attempts", True), ("a deadline of ours", False), ("time in them", True), ("answered later", True)]
     summed = [
@@ -76,7 +77,7 @@ def failures(recorded: Recorded) -> str:
     ]  # fmt: skip
     each = [
         [recorded.clock(attempt.at), f'<span class="sentence"><b>{text(attempt.error)}</b>: {text(attempt.detail)}</span>',
-         *_of(recorded, call), f"{index + 1} of {len(call.attempts)}", duration(max((attempt.ended or attempt.at) - attempt.at, 0.0)),
+         *_of(recorded, call), f"{index + 1} of {len(call.attempts)}", duration(attempt.seconds),
          count(attempt.tokens), text(call.outcome)]
         for call, index, attempt in failed[-_MOST:]
     ]  # fmt: skip

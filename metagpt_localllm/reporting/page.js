@@ -9,7 +9,7 @@
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   for (const element of all(".js")) element.hidden = false;
 
-  // ---------------------------------------------------------------- numbers in words, as in scales.py
+  // ---------------------------------------------------------------- numbers in words, as in scales.py and wording.py
 
   const fixed = (value, decimals) => Math.floor(value * 10 ** decimals + 0.5) / 10 ** decimals;
   const count = (number) => (number === null ? "–" : fixed(number, 0).toLocaleString("en-US"));

@@ -9,11 +9,21 @@ from importlib import resources
 from typing import Any
 
 from metagpt_localllm.reporting import lanes, lists, summary
-from metagpt_localllm.reporting.charts import Point, Ratio, columns_over_time, histogram, legend, ratios, scatter
+from metagpt_localllm.reporting.charts import (
+    POINT_KINDS,
+    Point,
+    Ratio,
+    columns_over_time,
+    histogram,
+    legend,
+    ratios,
+    scatter,
+)
 from metagpt_localllm.reporting.markup import as_json, name, text
 from metagpt_localllm.reporting.recorded import Recorded
 from metagpt_localllm.reporting.scales import count
 from metagpt_localllm.statistics import summarize
+from metagpt_localllm.wording import counted
 
 __all__ = ["MARK", "render"]
 
@@ -31,8 +41,8 @@ def render(recorded: Recorded) -> str:
         **lanes.as_data(recorded),
         "page": lists.PAGE,
         "manyRuns": len(recorded.runs) > 1,
-        "pointKinds": ["new", "cached", "none"],
-        "points": [[p.call, ("new", "cached", "none").index(p.kind), p.tokens, round(p.seconds, 3), p.deadline and round(p.deadline, 1)] for p in points],
+        "pointKinds": POINT_KINDS,
+        "points": [[p.call, POINT_KINDS.index(p.kind), p.tokens, round(p.seconds, 3), p.deadline and round(p.deadline, 1)] for p in points],
     }
     only = recorded.runs[0].id if len(recorded.runs) == 1 else ""
     parts = {
@@ -116,7 +126,7 @@ def _cache(recorded: Recorded) -> str:
     rows.sort(key=lambda row: -row.whole)
     whole = Ratio("<b>all</b>", sum(row.part for row in rows), sum(row.whole for row in rows))
     silent = sum(1 for one in recorded.figures if one.outcome == "done") - len(done)
-    note = [f"{count(silent)} answered calls are left out: the server did not say."] if silent else []
+    note = [f"{counted(silent, 'answered call is', 'answered calls are')} left out: the server did not say."] if silent else []
     if len(rows) > _MOST_ACTIONS:
         note.append(f"The {_MOST_ACTIONS} actions with the most prompt tokens, of {count(len(rows))}.")
     pairs = [(float(one.cached_tokens or 0), float(one.prompt_tokens or 0)) for one in done]

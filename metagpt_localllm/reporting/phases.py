@@ -55,6 +55,11 @@ class Attempt:
     error: str
     detail: str
 
+    @property
+    def seconds(self) -> float:
+        """That it lasted; 0 where its end is not known."""
+        return max((self.ended or self.at) - self.at, 0.0)
+
 
 def attempts_of(call: CallRecord) -> list[Attempt]:
     """The attempts of a call in their order; what a damaged record makes no sense of is left out."""

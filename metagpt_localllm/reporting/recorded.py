@@ -9,6 +9,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from metagpt_localllm.journal import CallRecord, Replay, RunRecord
 from metagpt_localllm.reporting.phases import Attempt, Phase, attempts_of, phases_of
+from metagpt_localllm.reporting.timeline import Axis, axis_of
 from metagpt_localllm.statistics import CallFigures, Group, figures_of, known_number, mappings, per_call, summarize
 
 __all__ = ["OUTCOMES", "Call", "Recorded"]
@@ -84,6 +85,11 @@ class Recorded:
                 phases = phases_of(record, last if record.superseded else until.get(run, last))
                 found.append(Call(record, per_call(run, record), phases, attempts))
         return sorted(found, key=lambda call: (call.begin, call.figures.run, call.record.number))
+
+    @cached_property
+    def axis(self) -> Axis:
+        """The time axis on which all calls lie."""
+        return axis_of((call.begin, call.end) for call in self.calls)
 
     @cached_property
     def figures(self) -> Sequence[CallFigures]:

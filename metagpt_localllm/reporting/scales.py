@@ -1,13 +1,14 @@
-"""Where ticks and bins lie, and how numbers are written. page.js writes durations in the same way."""
+"""Where ticks and bins lie, and how the report writes its numbers."""
 
 from __future__ import annotations
 
 import math
 from typing import Optional, Sequence
 
+from metagpt_localllm.wording import duration, fixed
+
 __all__ = [
-    "LogScale", "apart", "bins", "count", "count_ticks", "duration", "duration_short", "fixed", "rate", "share", "short", "tick_label",
-    "time_step", "tokens_short",
+    "LogScale", "apart", "bins", "count", "count_ticks", "duration_short", "share", "short", "tick_label", "time_step", "tokens_short",
 ]  # fmt: skip
 
 #: Steps between the ticks of a time axis, in seconds.
@@ -17,8 +18,8 @@ _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15,
 _LOG_SECONDS = (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000)
 _FINE_LOG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200,
                      18000, 36000, 86400)  # fmt: skip
-#: From a minute on: the two units, seconds in the smaller one, how many of it are a larger one, and of that how many are too many.
-_UNITS = (("min", "s", 1, 60, 60), ("h", "min", 60, 60, 24), ("d", "h", 3600, 24, math.inf))
+#: Bars of a histogram, about.
+_BINS = 16
 
 
 def short(value: Optional[float]) -> Optional[float]:
@@ -27,32 +28,6 @@ def short(value: Optional[float]) -> Optional[float]:
         return None
     kept = fixed(value, 3 if value < 1 else 2 if value < 100 else 1)
     return int(kept) if kept == int(kept) else kept
-
-
-def fixed(value: float, decimals: int) -> float:
-    """Rounded, a half upwards: Python and JavaScript have other ways, each of its own."""
-    return math.floor(value * 10.0**decimals + 0.5) / 10.0**decimals
-
-
-def duration(seconds: Optional[float]) -> str:
-    """Such as "35 ms", "4.2 s", "3 min 20 s", "2 h 5 min"; a dash where it is not known."""
-    if seconds is None:
-        return "–"
-    if seconds == 0:
-        return "0 s"
-    if seconds < 0.0995:
-        return f"{max(fixed(seconds * 1000, 0), 1):.0f} ms"
-    if seconds < 9.95:
-        return f"{fixed(seconds, 2 if seconds < 0.995 else 1):g} s"
-    if seconds < 59.5:
-        return f"{fixed(seconds, 0):.0f} s"
-    told = ""
-    for large, small, part, size, limit in _UNITS:
-        whole, rest = divmod(int(fixed(seconds / part, 0)), size)
-        told = f"{whole:,} {large}" + (f" {rest} {small}" if rest else "")
-        if whole < limit:
-            break
-    return told
 
 
 def tick_label(moment: float, step: float) -> str:
@@ -79,14 +54,6 @@ def duration_short(seconds: float) -> str:
 
 def count(number: Optional[float]) -> str:
     return "–" if number is None else f"{number:,.0f}"
-
-
-def rate(number: Optional[float]) -> str:
-    """Tokens per second, three digits."""
-    if number is None:
-        return "–"
-    decimals = 0 if number >= 99.95 else 1 if number >= 9.95 else 2
-    return f"{fixed(number, decimals):,.{decimals}f}"
 
 
 def share(part: Optional[float]) -> str:
@@ -146,17 +113,17 @@ class LogScale:
         return [value for value in values if self.low <= value <= self.high]
 
 
-def bins(values: Sequence[float], wanted: int = 16, *, of_time: bool = False) -> tuple[list[float], bool]:
-    """Edges of about so many bins that hold all values (above 0), and whether they grow by a factor.
+def bins(values: Sequence[float], *, of_time: bool) -> tuple[list[float], bool]:
+    """Edges of about 16 bins that hold all values (above 0), and whether they grow by a factor.
 
     They do where the largest is more than 20 times the smallest; else they are round numbers, of time where it is.
     """
     low, high = min(values), max(values)
     if high > 20 * low > 0:
-        factor = (high / low) ** (1 / wanted)
-        return [low * factor**index for index in range(wanted)] + [high], True
-    least = ((high - low) or high or 1.0) / wanted * 0.999
-    step = time_step(least * wanted, wanted) if of_time else _round_above(least, (1, 2, 5, 10))
+        factor = (high / low) ** (1 / _BINS)
+        return [low * factor**index for index in range(_BINS)] + [high], True
+    least = ((high - low) or high or 1.0) / _BINS * 0.999
+    step = time_step(least * _BINS, _BINS) if of_time else _round_above(least, (1, 2, 5, 10))
     first, last = math.floor(low / step + 1e-9), max(math.ceil(high / step - 1e-9), math.floor(low / step) + 1)
     return [round(index * step, 9) for index in range(first, last + 1)], False
 

@@ -8,8 +8,8 @@ from metagpt_localllm.reporting.charts import stacked
 from metagpt_localllm.reporting.markup import text
 from metagpt_localllm.reporting.phases import KINDS
 from metagpt_localllm.reporting.recorded import Recorded
-from metagpt_localllm.reporting.scales import count, duration, rate, share
-from metagpt_localllm.reporting.timeline import axis_of
+from metagpt_localllm.reporting.scales import count, share
+from metagpt_localllm.wording import counted, duration, rate
 
 __all__ = ["headline", "tiles", "where_time_went"]
 
@@ -31,17 +31,17 @@ def headline(recorded: Recorded) -> str:
     lost = total.failed + total.cancelled + total.unfinished
     failed = sum(total.errors.values())
     if not total.calls:
-        return f"Nothing was asked of the server: {_many(total.replayed, 'answer was', 'answers were')} given again."
+        return f"Nothing was asked of the server: {counted(total.replayed, 'answer was', 'answers were')} given again."
     if lost == 0:
         words = [f"All {count(total.calls)} calls were answered." if total.calls > 1 else "The one call was answered."]
     else:
         how = [(total.failed, "failed"), (total.cancelled, "cancelled"), (total.unfinished, "without an end")]
         told = ", ".join(f"{count(number)} {what}" for number, what in how if number)
-        words = [f"{count(total.answered)} of {_many(total.calls, 'call', 'calls')} were answered ({told})."]
+        words = [f"{count(total.answered)} of {counted(total.calls, 'call')} were answered ({told})."]
     if failed:
         again = sum(1 for call in recorded.calls if call.figures.errors and call.record.outcome == "done")
-        nevertheless = f"{_many(again, 'call', 'calls')} needed more than one, and got {'its' if again == 1 else 'their'} answer."
-        words.append(f"{_many(failed, 'attempt', 'attempts')} failed; {nevertheless}" if again else f"{_many(failed, 'attempt', 'attempts')} failed.")
+        nevertheless = f"{counted(again, 'call')} needed more than one, and got {'its' if again == 1 else 'their'} answer."
+        words.append(f"{counted(failed, 'attempt')} failed; {nevertheless}" if again else f"{counted(failed, 'attempt')} failed.")
     else:
         words.append("No attempt failed.")
     spent = _spent(recorded)
@@ -60,7 +60,7 @@ def tiles(recorded: Recorded) -> str:
     same_day = recorded.clock(begin, "%Y-%m-%d") == recorded.clock(end, "%Y-%m-%d")
     told = [
         ("calls answered", f"{count(total.answered)} of {count(total.calls)}",
-         f"{count(total.replayed)} answers given again, at no cost" if total.replayed else f"{count(total.answer_tokens)} tokens in all"),
+         f"{counted(total.replayed, 'answer')} given again, at no cost" if total.replayed else f"{count(total.answer_tokens)} tokens in all"),
         ("from first to last", duration(end - begin),
          f"{recorded.clock(begin, '%Y-%m-%d %H:%M')} to {recorded.clock(end, '%H:%M' if same_day else '%Y-%m-%d %H:%M')}"
          + ("" if _worked(recorded) > 0.95 * (end - begin) else f"; worked {duration(_worked(recorded))}")),
@@ -74,7 +74,7 @@ def tiles(recorded: Recorded) -> str:
          f"of {count(total.prompt_tokens)} prompt tokens" if total.cached_share is not None else "the server does not say"),
         ("tokens saved", count(total.saved_tokens), "of answers, not written a second time"),
         ("tokens trimmed", count(total.trimmed_tokens),
-         f"so that {_many(total.trims, 'prompt', 'prompts')} fitted" if total.trims else "every prompt fitted"),
+         f"so that {counted(total.trims, 'prompt')} fitted" if total.trims else "every prompt fitted"),
     ]  # fmt: skip
     return '<dl class="tiles">' + "".join(
         f"<div><dt>{text(what)}</dt><dd>{text(number)}</dd><dd class=\"sub\">{text(more)}</dd></div>" for what, number, more in told
@@ -96,9 +96,5 @@ def _spent(recorded: Recorded) -> Sequence[tuple[str, str, float]]:
 
 
 def _worked(recorded: Recorded) -> float:
-    axis = axis_of((call.begin, call.end) for call in recorded.calls)
-    return axis.length - sum(fold.width for fold in axis.folds)
-
-
-def _many(number: int, one: str, more: str) -> str:
-    return f"{count(number)} {one if number == 1 else more}"
+    """Seconds in which calls ran, with the short pauses between them."""
+    return recorded.axis.length - sum(fold.width for fold in recorded.axis.folds)

@@ -12,13 +12,22 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Hashable, Mapping, Optional
 
+from metagpt_localllm.failures import Failure
 from metagpt_localllm.transport import Endpoint, client_for
+from metagpt_localllm.unpacking import BodyTooLarge, read_body
 
 __all__ = [
-    "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "entries", "positive",
+    "Anatomy", "Ask", "Facts", "Health", "Loading", "Progress", "Server", "Timings", "Unanswered", "Work", "amount",
+    "entries", "json_of", "positive",
 ]  # fmt: skip
 
 
+#: Bytes of an answer to a question that are read: of a long prompt's tokens there may be some millions.
+_MAX_BYTES = 16 << 20
+#: Nothing that a server counts or measures is larger.
+_LARGEST = 10**15
+#: Characters of a version or a quantization.
+_NAME = 80
 #: Fields that give an answer its form, or tell of each of its tokens (llama.cpp, vLLM, SGLang, TabbyAPI).
 _FORMS = (
     "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
@@ -49,6 +58,10 @@ class Facts:
     images: Optional[bool] = None
     loaded: Optional[bool] = None
     version: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("quantization", "version"):  # they are shown
+            object.__setattr__(self, name, "".join(filter(str.isprintable, getattr(self, name)[:_NAME])))
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ class Progress:
 
 
 class Unanswered(Exception):
-    """A question got no usable answer: the server loads, a proxy answers for it, or the key is wrong."""
+    """A question got no usable answer: the server loads, a proxy answers for it, the key is wrong, or it has no end."""
 
 
 class Loading(Unanswered):
@@ -190,7 +203,7 @@ class Ask:
         None where there is none. GET, or POST when there is a body.
 
         Raises:
-            Unanswered: 401, 403 or 5xx.
+            Unanswered: 401, 403 or 5xx, or an answer of over 16 MiB.
             httpx.HTTPError: no answer.
         """
         answer = await self._answer(path, body)
@@ -201,32 +214,39 @@ class Ask:
         answer = await self._answer(path, None)
         return [entry for entry in answer if isinstance(entry, Mapping)] if isinstance(answer, list) else None
 
+    async def text(self, path: str) -> Optional[str]:
+        """The JSON string at ``path``; raises as :meth:`json` does."""
+        answer = await self._answer(path, None)
+        return answer if isinstance(answer, str) else None
+
     async def _answer(self, path: str, body: Optional[Mapping[str, Any]]) -> Any:
         content = None if body is None else json.dumps(body, default=str).encode("utf-8", "replace")
         endpoint = self.endpoint
         url = endpoint.base_url.rstrip("/") + path[1:] if path.startswith("./") else endpoint.root + path
-        response = await client_for(endpoint).request(
+        async with client_for(endpoint).stream(
             "GET" if body is None else "POST", url, content=content, headers=endpoint.headers,
             extensions={"trace": self._trace},
-        )  # fmt: skip
-        self.software = response.headers.get("server", "")
-        if response.status_code == 503:
-            raise Loading("503")
-        if response.status_code == 401:
-            self.refused = self.refused or response.text.lstrip().startswith("{")
-        if response.status_code >= 500 or response.status_code in (401, 403):
-            raise Unanswered(f"{response.status_code}")
-        if response.status_code != 200:
+        ) as response:  # fmt: skip
+            self.software, status = response.headers.get("server", ""), response.status_code
+            if status == 503:
+                raise Loading("503")
+            try:
+                said = await read_body(response, _MAX_BYTES) if status in (200, 401) else b""
+            except BodyTooLarge as error:
+                raise Unanswered(str(error)) from None
+        if status == 401:
+            self.refused = self.refused or said.lstrip().startswith(b"{")
+        if status >= 500 or status in (401, 403):
+            raise Unanswered(f"{status}")
+        if status != 200:
             return None
-        try:
-            return response.json()
-        except ValueError:
-            return None
+        return json_of(said)
 
     async def status(self, path: str) -> int:
         """The HTTP status of a GET at the server's root; raises httpx.HTTPError where no answer comes."""
-        response = await client_for(self.endpoint).get(self.endpoint.root + path, headers=self.endpoint.headers)
-        return response.status_code
+        url, headers = self.endpoint.root + path, self.endpoint.headers
+        async with client_for(self.endpoint).stream("GET", url, headers=headers) as response:
+            return response.status_code
 
     async def _trace(self, event: str, _info: Mapping[str, Any]) -> None:
         if event == "connection.connect_tcp.complete":
@@ -290,6 +310,15 @@ class Server:
         return True
 
     @property
+    def shares(self) -> bool:
+        """Whether another model may take this one's place in memory at any time."""
+        return False
+
+    async def is_loaded(self, ask: Ask) -> Optional[bool]:
+        """Whether the model is in memory now, by a question that loads nothing; None where it does not tell."""
+        return None
+
+    @property
     def any_name(self) -> bool:
         """Whether it answers to any name of a model with the one that it has."""
         return False
@@ -327,6 +356,16 @@ class Server:
         """
         return Health.LOADING if await ask.status("/health") == 503 else Health.UP
 
+    def reread(self, failure: Failure, text: str, seconds: float, keyed: bool) -> Failure:
+        """The failure, where this server's words mean something else than they mostly do.
+
+        Args:
+            text: the body of its answer, or the event of its stream that is the error.
+            seconds: since the request.
+            keyed: whether that had an API key.
+        """
+        return failure
+
     async def work(self, ask: Ask) -> Optional[Work]:
         """What it is doing; None where it does not tell."""
         return None
@@ -361,21 +400,6 @@ class Server:
         Templates differ: they trim the text, or put an empty thought before it.
         """
         return False
-
-    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
-        """Headers of a streamed request that is to outlive its connection; none where it cannot.
-
-        Such a request goes on to its end when its client leaves, and has to be stopped (:meth:`path_to_stop`).
-        """
-        return {}
-
-    def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
-        """Where a GET has the stream from so many bytes of its body on; None where it cannot. 404: it has none."""
-        return None
-
-    def path_to_stop(self, conversation: str) -> Optional[str]:
-        """Where a DELETE ends the request and frees its place; None where it cannot. 204, whatever there was."""
-        return None
 
     def remedy(self, window: int) -> str:
         """How its user gives the model a context of at least ``window`` tokens, as a sentence.
@@ -427,6 +451,14 @@ def _has_form(body: Mapping[str, Any]) -> bool:
     )
 
 
+def json_of(body: bytes) -> Any:
+    """The JSON in a body; None where there is none, or one that is nested too deep."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
 def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:
     """The objects in the list ``holder[key]``; none where the shape is another."""
     found = holder.get(key) if isinstance(holder, Mapping) else None
@@ -434,5 +466,10 @@ def entries(holder: Any, key: str) -> list[Mapping[str, Any]]:
 
 
 def positive(value: Any) -> Optional[int]:
-    """``value`` where it is a whole number above zero."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    """``value`` where it is a whole number above zero, of a size that tokens or bytes can have."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST else None
+
+
+def amount(value: Any) -> Optional[float]:
+    """``value`` where it is a number from zero on, of a size that something counted or measured can have."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST else None

@@ -18,6 +18,7 @@ import anyio
 import httpx
 
 from metagpt_localllm.servers.base import Ask, Health, Loading, Server, Unanswered
+from metagpt_localllm.servers.litellm import LiteLLM
 from metagpt_localllm.servers.llama_cpp import LlamaCpp
 from metagpt_localllm.servers.llama_cpp_python import LlamaCppPython
 from metagpt_localllm.servers.llama_swap import LlamaSwap
@@ -25,7 +26,7 @@ from metagpt_localllm.servers.lm_studio import LMStudio
 from metagpt_localllm.servers.mlx_lm import MLXLM
 from metagpt_localllm.servers.ollama import Ollama
 from metagpt_localllm.servers.transformers_serve import TransformersServe
-from metagpt_localllm.servers.vllm import VLLM, SGLang, TabbyAPI
+from metagpt_localllm.servers.vllm import VLLM, RayServe, SGLang, TabbyAPI
 from metagpt_localllm.transport import Endpoint
 
 __all__ = [
@@ -33,9 +34,10 @@ __all__ = [
     "kind_named", "known", "learned", "load", "mark_strict", "wait_until_up",
 ]  # fmt: skip
 
-#: The kinds of servers, in the order in which they are tried where the list of models gives none of them away.
+#: The kinds of servers, in the order in which they are tried where the list of models gives none of them away: LiteLLM before
+#: any that is asked for ``/health``.
 KINDS: tuple[type[Server], ...] = (
-    LlamaCpp, LlamaSwap, Ollama, LMStudio, VLLM, SGLang, TabbyAPI, LlamaCppPython, MLXLM, TransformersServe,
+    LlamaCpp, LlamaSwap, Ollama, LMStudio, VLLM, RayServe, SGLang, TabbyAPI, LlamaCppPython, LiteLLM, MLXLM, TransformersServe,
 )  # fmt: skip
 #: A server that did not even say that it is none of these.
 UNKNOWN = Server()
@@ -154,7 +156,7 @@ async def identify(endpoint: Endpoint, named: str = "auto") -> Identified:
         named: ``llm.local.server``: "auto", or the name of the kind that it is taken for.
     """
     found = known(endpoint)
-    if found is not None:
+    if found is not None and not await _has_left(found, endpoint):
         return Identified(found)
     probes = _probes.setdefault(asyncio.get_running_loop(), {})
     probe = probes.get(_key(endpoint))
@@ -162,6 +164,19 @@ async def identify(endpoint: Endpoint, named: str = "auto") -> Identified:
         probe = probes[_key(endpoint)] = asyncio.ensure_future(_identify(endpoint, named))
         probe.add_done_callback(lambda _: probes.pop(_key(endpoint), None))
     return await asyncio.shield(probe)
+
+
+async def _has_left(server: Server, endpoint: Endpoint) -> bool:
+    """Whether the model is known to have left the memory, for another one perhaps; then what is known of it is forgotten."""
+    if server.shares:
+        with anyio.move_on_after(_PROBE_LIMIT):
+            try:
+                if await server.is_loaded(Ask(endpoint)) is False:
+                    forget(endpoint)
+                    return True
+            except Exception as error:  # the call itself will tell
+                _log.debug("%s does not tell what is loaded: %s", endpoint.address, type(error).__name__)
+    return False
 
 
 async def _identify(endpoint: Endpoint, named: str) -> Identified:
@@ -265,7 +280,14 @@ async def _is_up(endpoint: Endpoint, limit: float) -> bool:
     """Whether anything answers at the server's address that is not loading. Never raises."""
     with anyio.move_on_after(limit):
         try:
-            return await UNKNOWN.health(Ask(endpoint)) is Health.UP
+            ask, server = Ask(endpoint), known(endpoint)
+            if server is None and await ask.text("/health/liveliness") is not None:
+                server = LiteLLM()  # its /health would cost a chat with each of its models
+            return await (server or UNKNOWN).health(ask) is Health.UP
+        except Loading:
+            return False
+        except Unanswered:  # by whatever else is there
+            return True
         except Exception as error:
             _log.debug("%s is not up: %s", endpoint.address, type(error).__name__)
     return False

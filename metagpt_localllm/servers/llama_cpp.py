@@ -7,15 +7,29 @@ it; a question about a model would do so too, if it didn't forbid it (``autoload
 from __future__ import annotations
 
 import re
+import time
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
-from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Progress, Server, Timings, Work, entries, positive
+from metagpt_localllm.servers.base import (
+    Anatomy,
+    Ask,
+    Facts,
+    Progress,
+    Server,
+    Timings,
+    Work,
+    amount,
+    entries,
+    positive,
+)
 
 __all__ = ["LlamaCpp", "count", "facts_of", "work_of"]
 
-#: The builds from which on it knows ``continue_final_message``, has streams to resume, and takes their names as a query.
-_CONTINUES_EXPLICITLY, _STREAMS, _STREAMS_BY_QUERY = 9141, 9808, 10144
+#: The router's words for a model that is in memory, or comes back without a word.
+_LOADED = ("loaded", "sleeping")
+#: The build from which on it knows ``continue_final_message``.
+_CONTINUES_EXPLICITLY = 9141
 
 
 class LlamaCpp(Server):
@@ -44,13 +58,21 @@ class LlamaCpp(Server):
         entry = _entry(await ask.models(), model)
         if props.get("role") != "router":
             return cls(facts_of(props, entry))
-        loaded = _status(entry) in ("loaded", "sleeping")
+        loaded = _status(entry) in _LOADED
         props = await ask.json(_routed("/props", model)) if loaded else None
         return cls(facts_of(props, entry) if props is not None else Facts(loaded=False), model)
 
     @property
     def any_name(self) -> bool:
         return not self._routed
+
+    @property
+    def shares(self) -> bool:
+        return bool(self._routed)
+
+    async def is_loaded(self, ask: Ask) -> Optional[bool]:
+        status = _status(_entry(await ask.json("./models"), self._routed)) if self._routed else None
+        return None if status is None else status in _LOADED
 
     @property
     def settled(self) -> bool:
@@ -62,9 +84,10 @@ class LlamaCpp(Server):
 
     def progress(self, chunk: Mapping[str, Any]) -> Optional[Progress]:
         told = chunk.get("prompt_progress")
-        if not isinstance(told, Mapping) or not isinstance(told.get("processed"), int):
+        if not isinstance(told, Mapping):
             return None
-        return Progress(told["processed"], positive(told.get("total")))
+        processed = amount(told.get("processed"))
+        return Progress(int(processed), positive(told.get("total"))) if processed is not None else None
 
     def timings(self, totals: Mapping[str, Any]) -> Timings:
         told = totals.get("timings")
@@ -72,18 +95,18 @@ class LlamaCpp(Server):
             return super().timings(totals)
 
         def seconds(key: str) -> Optional[float]:
-            value = told.get(key)
-            return value / 1000 if isinstance(value, (int, float)) and value >= 0 else None
+            value = amount(told.get(key))
+            return value / 1000 if value is not None else None
 
-        cached = told.get("cache_n")
-        return Timings(cached if isinstance(cached, int) else None, seconds("prompt_ms"), seconds("predicted_ms"))
+        cached = amount(told.get("cache_n"))
+        return Timings(int(cached) if cached is not None else None, seconds("prompt_ms"), seconds("predicted_ms"))
 
     async def work(self, ask: Ask) -> Optional[Work]:
         slots = await ask.array(_routed("/slots", self._routed) if self._routed else "/slots")
         if slots is not None:
             return work_of(slots)
         if self._routed and _status(_entry(await ask.json("./models"), self._routed)) == "loading":
-            return Work(True, "loading", loading=True)
+            return Work(True, time.monotonic(), loading=True)  # that it says so is proof enough, as a 503 is
         return None
 
     @property
@@ -113,30 +136,6 @@ class LlamaCpp(Server):
     async def _rendered(self, ask: Ask, body: Mapping[str, Any]) -> Optional[str]:
         prompt = (await ask.json(self._path("/apply-template"), body) or {}).get("prompt")
         return prompt if isinstance(prompt, str) else None
-
-    def headers_to_resume(self, conversation: str) -> Mapping[str, str]:
-        """It takes a second request of the same name for the first one's end (b11549, measured; from b9808 on)."""
-        return {"x-conversation-id": conversation} if self._stream(conversation) else {}
-
-    def path_to_resume(self, conversation: str, offset: int) -> Optional[str]:
-        """From any byte, exact, also in prefill and in the queue; for 300 s after the end, and never after a restart.
-
-        An offset beyond the end gives nothing (b11549, measured). It keeps the last 4 MiB; 400 where those do not
-        reach back so far (server-stream.cpp).
-        """
-        path = self._stream(conversation)
-        return f"{path}{'&' if '?' in path else '?'}from={offset}" if path else None
-
-    def path_to_stop(self, conversation: str) -> Optional[str]:
-        """The slot is free within 0.3 s (b11549, measured), in prefill at the end of a batch."""
-        return self._stream(conversation)
-
-    def _stream(self, conversation: str) -> Optional[str]:
-        name, build = quote(conversation, safe=""), self._build
-        if build is None or build >= _STREAMS_BY_QUERY:
-            return self._path(f"/v1/stream?conv_id={name}")
-        # Before that, the router lost its streams.
-        return self._path(f"/v1/stream/{name}") if build >= _STREAMS and not self._routed else None
 
     def _enlarge(self, window: int) -> str:
         """``--ctx-size`` is divided by ``--parallel``, unless ``--kv-unified`` has the slots share it.
@@ -233,8 +232,12 @@ def _routed(path: str, model: str) -> str:
 def _entry(models: Any, model: str) -> Mapping[str, Any]:
     """The model's entry in the list; the only one where the server takes any name."""
     listed = entries(models, "data")
-    named = [entry for entry in listed if model in (entry.get("id"), *(entry.get("aliases") or ()))]
+    named = [entry for entry in listed if model == entry.get("id") or model in _list(entry.get("aliases"))]
     return next(iter(named or (listed if len(listed) == 1 else [])), {})
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _status(entry: Mapping[str, Any]) -> Any:

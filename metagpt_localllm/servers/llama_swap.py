@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, ClassVar, Mapping, Optional
 from urllib.parse import quote
 
@@ -45,6 +46,21 @@ class LlamaSwap(LlamaCpp):
         return False
 
     @property
+    def shares(self) -> bool:
+        return True
+
+    async def is_loaded(self, ask: Ask) -> Optional[bool]:
+        return await _state(ask, self._upstream) == "ready"
+
+    async def load(self, ask: Ask, model: str) -> None:
+        """Any question to its server starts that, and is held until it is ready or ``healthCheckTimeout`` ends it (120 s).
+
+        Only then can its window be known; a chat that waited for it would be fitted to a guess.
+        """
+        if self.facts.loaded is False:
+            await ask.status(f"{_at(self._upstream or model)}/health")
+
+    @property
     def settled(self) -> bool:
         return bool(self.facts.loaded)
 
@@ -54,7 +70,7 @@ class LlamaSwap(LlamaCpp):
     async def work(self, ask: Ask) -> Optional[Work]:
         state = await _state(ask, self._upstream)
         if state == "starting":
-            return Work(True, state, loading=True)
+            return Work(True, time.monotonic(), loading=True)  # it gives up by itself, at its healthCheckTimeout
         slots = await ask.array(f"{_at(self._upstream)}/slots") if state == "ready" and self._is_llama_cpp else None
         return work_of(slots) if slots is not None else None
 
@@ -63,10 +79,6 @@ class LlamaSwap(LlamaCpp):
 
     def _path(self, path: str) -> str:
         return f"{_at(self._upstream)}{path}"
-
-    def _stream(self, conversation: str) -> Optional[str]:
-        """llama-swap passes the request's headers on (not tried)."""
-        return super()._stream(conversation) if self._is_llama_cpp and self._upstream else None
 
     def _enlarge(self, window: int) -> str:
         """(Its docs/configuration.md.)"""

@@ -9,7 +9,7 @@ from metagpt_localllm.servers.base import Ask, Facts, Progress, Server, positive
 
 __all__ = ["MLXLM"]
 
-_KEEPALIVE = re.compile(rb"\s*keepalive (\d+)/(\d+)\s*")
+_KEEPALIVE = re.compile(rb"\s*keepalive (\d{1,12})/(\d{1,12})\s*")
 
 
 class MLXLM(Server):

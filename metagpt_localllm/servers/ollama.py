@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Mapping, Optional
 
 import anyio
 
-from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Server, Work, entries, positive
+from metagpt_localllm.servers.base import Anatomy, Ask, Facts, Server, Work, amount, entries, positive
 
 __all__ = ["Ollama"]
 
@@ -40,7 +40,7 @@ class Ollama(Server):
         with anyio.move_on_after(_SHOW_LIMIT):
             shown = await ask.json("/api/show", {"model": model}) or {}
         window = positive(entry.get("context_length"))
-        details, size, in_vram = entry.get("details"), positive(entry.get("size")), entry.get("size_vram")
+        details, size, in_vram = entry.get("details"), positive(entry.get("size")), amount(entry.get("size_vram"))
         if not isinstance(details, Mapping):
             details = shown.get("details")
         info, capabilities = shown.get("model_info"), shown.get("capabilities")
@@ -50,7 +50,7 @@ class Ollama(Server):
                 window=window,
                 largest_window=positive(trained),
                 quantization=str(details.get("quantization_level") or "") if isinstance(details, Mapping) else "",
-                gpu_share=min(in_vram / size, 1.0) if window and size and isinstance(in_vram, (int, float)) else None,
+                gpu_share=min(in_vram / size, 1.0) if window and size and in_vram is not None else None,
                 images="vision" in capabilities if isinstance(capabilities, list) else None,
                 # A model that is being loaded is in the list too, with a window of 0; before 0.10 none had a window.
                 loaded=window is not None or bool(entry and "context_length" not in entry),
@@ -93,12 +93,12 @@ class Ollama(Server):
         known = Anatomy.of_metadata(shown) if isinstance(shown, Mapping) else Anatomy()
         running, in_vram = await _running(ask, self._model), None
         if positive(running.get("context_length")):
-            in_vram = running.get("size_vram")
+            in_vram = amount(running.get("size_vram"))
         return dataclasses.replace(
             known,
             weights=positive(_named(await ask.json("/api/tags"), self._model).get("size")),
             resident=positive(running.get("size")) if in_vram is not None else None,
-            in_vram=in_vram if isinstance(in_vram, int) else None,
+            in_vram=int(in_vram) if in_vram is not None else None,
         )
 
     def remedy_for_cache(self) -> str:

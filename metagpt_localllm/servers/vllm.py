@@ -1,12 +1,12 @@
-"""vLLM (0.32 and its source), and the servers that share its API as far as they do: SGLang, TabbyAPI (their sources)."""
+"""vLLM (0.32 and its source), and the servers that share its API as far as they do: SGLang, TabbyAPI, Ray Serve LLM (their sources)."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Mapping, Optional
 
-from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, entries, positive
+from metagpt_localllm.servers.base import Ask, Facts, Server, Timings, amount, entries, positive
 
-__all__ = ["VLLM", "SGLang", "TabbyAPI"]
+__all__ = ["VLLM", "RayServe", "SGLang", "TabbyAPI"]
 
 #: Fields of a chat that make its prompt (vLLM, TokenizeChatRequest).
 _OF_THE_PROMPT = (
@@ -50,8 +50,8 @@ class VLLM(Server):
             return Timings(cached)
 
         def milliseconds(key: str) -> Optional[float]:
-            value = told.get(key)
-            return float(value) if isinstance(value, (int, float)) and value >= 0 else None
+            value = amount(told.get(key))
+            return float(value) if value is not None else None
 
         first, queue, decode = (
             milliseconds(f"{key}_ms") for key in ("time_to_first_token", "queue_time", "generation_time")
@@ -106,6 +106,30 @@ class VLLM(Server):
 
     async def count_tokens(self, ask: Ask, prompt: Mapping[str, Any]) -> Optional[int]:
         return positive((await ask.json("/tokenize", prompt) or {}).get("count"))
+
+
+class RayServe(VLLM):
+    """Ray Serve LLM (2.60, its source): vLLM on one or several machines, with ``/tokenize`` and ``/detokenize`` of its own.
+
+    Its ingress has no ``/health``, so that nothing is asked of it while a request runs.
+    """
+
+    name: ClassVar[str] = "ray-serve"
+    watchable: ClassVar[bool] = False
+    owner: ClassVar[str] = "organization-owner"
+
+    @classmethod
+    def _facts(cls, entry: Mapping[str, Any]) -> Facts:
+        """The window is known only where ``engine_kwargs`` names it (openai_api_models.py, to_model_metadata)."""
+        told = entry.get("metadata")
+        return Facts(window=positive(told.get("max_request_context_length")) if isinstance(told, Mapping) else None)
+
+    def remedy_for_cache(self) -> str:
+        return "Write `enable_prefix_caching: true` below the model's engine_kwargs."
+
+    def _enlarge(self, window: int) -> str:
+        """(docs.ray.io, LLMConfig.)"""
+        return f"Write `max_model_len: {window}` below the model's engine_kwargs"
 
 
 class SGLang(VLLM):

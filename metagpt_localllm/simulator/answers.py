@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional, Sequence
 
+__all__ = ["FILES", "Answer", "answer"]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -23,8 +25,6 @@ class Answer:
     tool_arguments: str = ""
     reasoning: str = ""
 
-
-__all__ = ["FILES", "Answer", "answer"]
 
 # --------------------------------------------------------------------------------------- the project
 
@@ -482,7 +482,7 @@ def answer(messages: Sequence[Mapping[str, Any]], tools: Optional[Sequence[Mappi
     if tools:
         name = str(tools[0].get("function", {}).get("name", "execute"))
         arguments = json.dumps({"language": "python", "code": _analysis_code(prompt)})
-        return Answer(text="", tool_name=name, tool_arguments=arguments)
+        return Answer(tool_name=name, tool_arguments=arguments)
     for rule in _RULES:
         text = rule(prompt)
         if text is not None:
@@ -538,8 +538,7 @@ def _values(prompt: _Prompt, example: str) -> dict[str, Any]:
         keys = re.findall(r"^- ([^\n:]{2,60}): [^\n]*# ", prompt.ask, re.MULTILINE)
     if not keys:
         keys = [key for key in _VALUES if f'"{key}":' in prompt.ask or f"- {key}:" in prompt.ask]
-    cut = not example
-    if cut and keys:
+    if not example and keys:  # it was cut
         best = max(_TOGETHER, key=lambda together: len(set(together) & set(keys)))
         if len(set(best) & set(keys)) * 2 >= len(keys):
             keys = [*keys, *(key for key in best if key not in keys)]
@@ -765,7 +764,7 @@ _TEAM_PLAN: Sequence[tuple[str, str]] = (
 def _role_zero(prompt: _Prompt) -> Optional[str]:
     if "Review and reflect on the history carefully, provide a different response" in prompt.ask:
         return _commands("Everything that was asked for is done.", _END)
-    if "# Your commands in a json array" not in prompt.ask and "Your commands in a json array" not in prompt.ask:
+    if "Your commands in a json array" not in prompt.ask:
         return None
     role = re.search(r"You are an? ([^,\n]+), named (\w+)", prompt.system)
     profile = role.group(1).strip() if role else ""

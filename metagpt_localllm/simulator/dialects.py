@@ -1,7 +1,7 @@
 """What tells the servers that people run apart: what each answers beside the chat, and how each chats.
 
 As observed or read in the servers' code: llama.cpp b11549, Ollama 0.33, vLLM 0.32, llama-cpp-python 0.3.36, mlx-lm
-0.32, transformers 5.23, and SGLang, TabbyAPI and llama-swap (source only); LM Studio from its documentation and issues.
+0.32, transformers 5.23, LiteLLM 1.108, and SGLang, TabbyAPI, Ray Serve LLM and llama-swap (source only); LM Studio from its documentation and issues.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from metagpt_localllm.simulator.machine import Machine, render, tokenize
 
 __all__ = [
     "DIALECTS", "DIALECTS_BY_NAME", "TOO_LONG", "Dialect", "Job", "State", "about", "clip", "left_by_ollama",
-    "overflow", "prompt_of", "refusal", "stream_named",
+    "overflow", "prompt_of", "refusal",
 ]  # fmt: skip
 
 #: What a server may do with a prompt over the context.
@@ -60,7 +60,6 @@ class Dialect:
         continues: an assistant's message at the end: "always" continued, only when "asked", by a "prefix" beside the
             messages, or never ("").
         repeats: whether a continued answer has the beginning in front again where it is not streamed.
-        resumes: whether a stream that its request names outlives its connection.
         too_long: what becomes of a prompt over the context, one of TOO_LONG.
         strict: fields that it refuses with 422.
         interrupted: whether a second request for the model ends the stream that runs.
@@ -81,7 +80,6 @@ class Dialect:
     progress: str = ""
     continues: str = ""
     repeats: bool = False
-    resumes: bool = False
     too_long: str = "refused"
     strict: frozenset[str] = frozenset()
     interrupted: bool = False
@@ -93,7 +91,7 @@ class Dialect:
 
 
 _LLAMA_CPP: dict[str, Any] = {
-    "software": "llama.cpp", "progress": "events", "continues": "always", "repeats": True, "resumes": True,
+    "software": "llama.cpp", "progress": "events", "continues": "always", "repeats": True,
 }  # fmt: skip
 _VLLM: dict[str, Any] = {"software": "uvicorn", "too_long": "sum", "continues": "asked", "cached": False}
 
@@ -106,12 +104,15 @@ DIALECTS_BY_NAME: Mapping[str, Dialect] = {
         Dialect("ollama", "library", early=False, cached=False, too_long="cut", loads_on_demand=True, aborts_load=True),
         Dialect("lmstudio", "organization_owner", too_long="blank", loads_on_demand=True),
         Dialect("vllm", "vllm", **_VLLM),
+        Dialect("ray-serve", "organization-owner", **_VLLM),
         Dialect("sglang", "sglang", **_VLLM),
         Dialect("tabbyapi", "tabbyAPI", **{**_VLLM, "continues": "prefix"}),
         Dialect(
             "llama-cpp-python", "me", "uvicorn", usage="never", cached=False, too_long="broken", interrupted=True,
             stops="stream",
         ),  # fmt: skip
+        # vLLM behind it; what LiteLLM makes of faults is in tests/test_litellm.py.
+        Dialect("litellm", "openai"),
         Dialect("mlx-lm", None, "BaseHTTP/0.6 Python/3.11.7", progress="comments", too_long="", stops="stream"),
         Dialect(
             "transformers", None, "uvicorn", done=False, usage="always", cached=False, too_long="", stops="stream",
@@ -127,12 +128,19 @@ DIALECTS = tuple(DIALECTS_BY_NAME)
 
 @dataclass
 class Job:
-    """One request that is worked on: what of it is done, in tokens."""
+    """One chat request, counted from 1: the tokens of its prompt, and how many of them were processed, those from the cache
+    included; and those of its answer until now."""
 
     number: int
     prompt: int
+    cached: int = 0
     processed: int = 0
     decoded: int = 0
+
+    @property
+    def spent(self) -> int:
+        """Tokens that the machine has worked for."""
+        return self.processed - self.cached + self.decoded
 
 
 @dataclass(frozen=True)
@@ -173,8 +181,10 @@ def about(dialect: Dialect, target: str, body: Mapping[str, Any], state: State) 
         "ollama": _ollama,
         "lmstudio": _lm_studio,
         "vllm": _vllm,
+        "ray-serve": _vllm,
         "sglang": _vllm,
         "tabbyapi": _tabby,
+        "litellm": _litellm,
         "mlx-lm": _health,
         "transformers": _transformers,
     }.get(dialect.name)
@@ -195,8 +205,12 @@ def _models(dialect: Dialect, state: State) -> Any:
             entry.update(meta={**state.window("n_ctx"), "n_ctx_train": 16384})
     elif name in ("vllm", "sglang"):
         entry.update(**state.window("max_model_len"), root=state.model)
+    elif name == "ray-serve":
+        entry.update(metadata={"model_id": state.model, **state.window("max_request_context_length")})
     elif name == "llama-cpp-python":
         entry.update(permissions=[])
+    elif name == "litellm":
+        entry.update(created=1677610602, **state.window("max_input_tokens"))
     if name == "transformers":
         return {"object": "list", "data": []}
     return {"object": "list", "data": [entry]}
@@ -307,6 +321,16 @@ def _tabby(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     return _health(path, body, state)
 
 
+def _litellm(path: str, _body: Mapping[str, Any], state: State) -> Optional[Any]:
+    if path == "/model/info":
+        behind = {"api_base": "http://127.0.0.1:9/v1", "model": f"openai/{state.model}"}
+        info = {"id": "64b2", "key": f"openai/{state.model}", "litellm_provider": "openai", "max_input_tokens": None}
+        return {"data": [{"model_name": state.model, "litellm_params": behind, "model_info": info}]}
+    if path == "/health":  # the real one sends a chat to every model for this
+        return {"healthy_endpoints": [{"model": state.model}], "unhealthy_endpoints": [], "healthy_count": 1}
+    return "I'm alive!" if path == "/health/liveliness" else None
+
+
 def _transformers(path: str, body: Mapping[str, Any], state: State) -> Optional[Any]:
     if path == "/openapi.json":
         paths = ("/v1/chat/completions", "/load_model", "/reset", "/v1/models", "/health")
@@ -316,16 +340,6 @@ def _transformers(path: str, body: Mapping[str, Any], state: State) -> Optional[
 
 def _rendered(body: Mapping[str, Any]) -> list[str]:
     return render(body.get("messages") or (), body.get("tools"))
-
-
-def stream_named(dialect: Dialect, target: str, model: str) -> Optional[tuple[str, int]]:
-    """The name of the stream that a request to ``/v1/stream`` is for, and its offset in bytes; None for others."""
-    path, _, query = target.partition("?")
-    below = f"/upstream/{model}" if dialect.name == "llama-swap" else ""
-    if not dialect.resumes or unquote(path) != f"{below}/v1/stream":
-        return None
-    given = parse_qs(query)
-    return "".join(given.get("conv_id", ())), int("".join(given.get("from", ())) or 0)
 
 
 def prompt_of(dialect: Dialect, body: Mapping[str, Any]) -> tuple[list[str], Optional[str]]:
@@ -383,7 +397,7 @@ def overflow(dialect: Dialect, prompt: int, wanted: int, context: int) -> Option
     """The error body for a prompt that does not fit, in the words of each server."""
     if not dialect.too_long or prompt + (wanted if dialect.too_long == "sum" else 1) <= context:
         return None
-    if dialect.name in ("vllm", "sglang", "tabbyapi"):
+    if dialect.name in ("vllm", "ray-serve", "sglang", "tabbyapi"):
         message = (
             f"This model's maximum context length is {context} tokens. However, you requested {wanted} output tokens and "
             f"your prompt contains {prompt} input tokens, for a total of {prompt + wanted} tokens."
@@ -406,6 +420,12 @@ def overflow(dialect: Dialect, prompt: int, wanted: int, context: int) -> Option
         return {"error": "The number of tokens to keep from the initial prompt is greater than the context length "
                          f"(n_keep: {prompt}>= n_ctx: {context})."}  # fmt: skip
     message = f"request ({prompt} tokens) exceeds the available context size ({context} tokens), try increasing it"
+    if dialect.name == "litellm":
+        message = (
+            f"litellm.ContextWindowExceededError: litellm.BadRequestError: ContextWindowExceededError: OpenAIException - {message}"
+            "\nmodel=m. context_window_fallbacks=None. fallbacks=None."
+        )
+        return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "400"}}
     error = {"error": {"code": 400, "message": message, "type": "exceed_context_size_error",
                        "n_prompt_tokens": prompt, "n_ctx": context}}  # fmt: skip
     if dialect.name == "ollama":  # where the model has llama.cpp's own template

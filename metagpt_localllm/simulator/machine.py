@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
-__all__ = ["Machine", "PrefixCache", "Stats", "render", "tokenize"]
+__all__ = ["Machine", "PrefixCache", "Stats", "render", "seconds", "tokenize"]
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,12 @@ class Stats:
     faults: dict[str, int] = field(default_factory=dict)
 
 
-_PIECE = re.compile(r"\s?[A-Za-z]{1,4}|[A-Za-z]{1,4}|\d|[\u0080-\U0010ffff]|\s+|[^\w\s]|_")
+_PIECE = re.compile(r"\s?[A-Za-z]{1,4}|\d|[\u0080-\U0010ffff]|\s+|[^\w\s]|_")
 
 
 def tokenize(text: str) -> list[str]:
     """Splits text as a vocabulary would, roughly: word pieces of up to four letters, as in Llama 2's. Joined they are the text."""
-    pieces: list[str] = []
-    end = 0
-    for found in _PIECE.finditer(text):
-        if found.start() > end:
-            pieces.append(text[end : found.start()])
-        pieces.append(found.group())
-        end = found.end()
-    if end < len(text):
-        pieces.append(text[end:])
-    return pieces
+    return _PIECE.findall(text)
 
 
 def render(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[str]:

@@ -29,25 +29,19 @@ from metagpt_localllm.simulator.dialects import (
     overflow,
     prompt_of,
     refusal,
-    stream_named,
 )
 from metagpt_localllm.simulator.faults import Fault, parse_fault
 from metagpt_localllm.simulator.machine import Machine, PrefixCache, Stats, seconds, tokenize
-from metagpt_localllm.simulator.resumable import Stream, Streams
 
 __all__ = ["Simulator", "SimulatorThread", "serve"]
 
-_PING = 30.0
-_FOREVER = 1e9
+#: Simulated seconds between two comments of a server that only keeps the connection alive; and real ones without an end.
+_PING, _FOREVER = 30.0, 1e9
 AnswerFunction = Callable[[Sequence[Mapping[str, Any]], Optional[Sequence[Mapping[str, Any]]]], Answer]
 
 
 class _ClientGone(Exception):
     """The client has closed the connection."""
-
-
-class _Stopped(_ClientGone):
-    """The client has had the stream stopped that outlives its connections."""
 
 
 class Simulator:
@@ -68,8 +62,9 @@ class Simulator:
             without an API of its own (``/api``), and as the others in old versions or behind a proxy.
 
     Attributes:
+        manner: what its dialect means, with ``too_long``.
         stats: what it has done.
-        requests: the bodies of all chat requests, in order.
+        requests: the bodies of all chat requests, in order; ``raw_requests``: the same as they were sent.
         paths: of all requests, in order, without the query.
         faults: the script; may be changed while it runs.
 
@@ -115,7 +110,6 @@ class Simulator:
         self._loaded_at = 0.0
         self._demanded = False
         self._jobs: list[Job] = []
-        self._streams = Streams(scale)
         self._running: Optional[asyncio.Task[None]] = None
         self._restart: Optional[asyncio.Task[None]] = None
 
@@ -136,8 +130,9 @@ class Simulator:
         self._slots = asyncio.Semaphore(self.machine.slots)
         self._server = await asyncio.start_server(self._serve_connection, self._host, self._port, limit=1 << 20)
         self._port = self._server.sockets[0].getsockname()[1]
-        self._loaded_at = time.monotonic() + self.machine.load_time / self.scale
-        self._demanded = not (self.manner.loads_on_demand and self.machine.load_time)
+        self._demanded = False
+        if not (self.manner.loads_on_demand and self.machine.load_time):
+            self.demand()
 
     async def go_down(self) -> None:
         """Stops as if killed: connections are cut, new ones refused. ``come_up`` starts it at the same port."""
@@ -164,7 +159,6 @@ class Simulator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._streams.clear()
 
     # -------------------------------------------------------------------------------- HTTP
 
@@ -220,10 +214,7 @@ class _Exchange:
         self.http = h11.Connection(h11.SERVER)
         self.body = b""
         self.deaf = False  # whether this request goes on when its client has left
-        self.stream: Optional[Stream] = None  # that of this request, where it goes on and can be taken up again
-        self.gone = False  # whether its client has left
         self.lines: Optional[native.Lines] = None  # of an answer to /api/chat
-        self.heard: Optional[asyncio.Future[bytes]] = None  # what the client says meanwhile, once it does
 
     async def run(self) -> None:
         while True:
@@ -277,19 +268,10 @@ class _Exchange:
         await self._say(h11.Response(status_code=200, headers=headers))
 
     async def _say(self, event: h11.Event) -> None:
-        """Sends a part of a stream, unless its client has left and may take it up later."""
-        if self.gone:
-            return
-        try:
-            await self._send(self.http.send(event))
-        except ConnectionError:
-            if self.stream is None:
-                raise
-            self.gone = True
+        """Sends a part of a stream."""
+        await self._send(self.http.send(event))
 
     async def _data(self, data: bytes) -> None:
-        if self.stream is not None:
-            self.stream.write(data)
         await self._say(h11.Data(data=data))
 
     def _software(self) -> list[tuple[str, str]]:
@@ -317,16 +299,11 @@ class _Exchange:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
-        if self.stream is None:
-            raise _ClientGone
-        self.gone = True
+        raise _ClientGone
 
     async def _work(self, simulated: float) -> None:
         """Time passes, unless the client goes away meanwhile."""
         if simulated <= 0:
-            return
-        if self.stream is not None:
-            await self._outlive(self.stream, simulated / self.sim.scale)
             return
         if self.deaf:
             await asyncio.sleep(simulated / self.sim.scale)
@@ -338,36 +315,6 @@ class _Exchange:
         if not data:
             raise _ClientGone
         self.http.receive_data(data)
-
-    async def _outlive(self, stream: Stream, real: float) -> None:
-        """Time passes whether the client is there or not, unless somebody stops the stream."""
-        until = time.monotonic() + real
-        stopped = asyncio.ensure_future(stream.stopped.wait())
-        try:
-            while not stopped.done():
-                if self.heard is None and not self.gone:
-                    self.heard = asyncio.ensure_future(self.reader.read(65536))
-                waited: set[asyncio.Future[Any]] = {stopped} if self.heard is None else {stopped, self.heard}
-                await asyncio.wait(waited, timeout=until - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
-                if self.heard is not None and self.heard.done():
-                    data = b"" if self.heard.exception() is not None else self.heard.result()
-                    self.gone, self.heard = not data, None
-                    if data:
-                        self.http.receive_data(data)
-                if time.monotonic() >= until:
-                    return
-            raise _Stopped
-        finally:
-            stopped.cancel()
-
-    async def _close_stream(self) -> None:
-        if self.stream is not None:
-            self.stream.end()
-            self.stream = None
-        if self.heard is not None:
-            self.heard.cancel()
-            await asyncio.gather(self.heard, return_exceptions=True)
-            self.heard = None
 
     # -------------------------------------------------------------------------------- what is asked
 
@@ -381,7 +328,7 @@ class _Exchange:
             await self._reply(401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}})
             return
         if path == "/v1/chat/completions" or (path == "/chat/completions" and sim.manner.bare):
-            await self._chat(headers.get("x-conversation-id", ""))
+            await self._chat()
             return
         if path == "/api/chat" and sim.dialect == "ollama":
             self.lines = native.Lines(sim.model)
@@ -393,10 +340,6 @@ class _Exchange:
         if not sim.manner.answers_while_loading and sim._loading():
             await self._reply(503, _LOADING)
             return
-        named = stream_named(sim.manner, target, sim.model)
-        if named is not None:
-            await self._resume(request.method, *named)
-            return
         if path == "/api/generate" and sim.dialect == "ollama":
             await self._preload()
             return
@@ -407,21 +350,6 @@ class _Exchange:
             await self._reply(200, answer)
         else:
             await self._reply(404, _NOT_FOUND)
-
-    async def _resume(self, method: bytes, name: str, offset: int) -> None:
-        """A stream from an offset on, or its end (DELETE)."""
-        if method == b"DELETE":
-            self.sim._streams.stop(name)
-            await self._reply(204, b"")
-            return
-        stream = self.sim._streams.get(name)
-        if stream is None:
-            await self._reply(404, _NOT_FOUND)
-            return
-        await self._start_stream()
-        async for portion in stream.read(offset):
-            await self._data(portion)
-        await self._end()
 
     async def _preload(self) -> None:
         """Ollama's request without a prompt."""
@@ -453,10 +381,11 @@ class _Exchange:
 
     # -------------------------------------------------------------------------------- chat
 
-    async def _chat(self, conversation: str = "") -> None:
+    async def _chat(self) -> None:
         sim, stats = self.sim, self.sim.stats
         body = self._json() if self.lines is None else native.asked(self._json())
         stats.requests += 1
+        number = stats.requests
         sim.requests.append(body)
         sim.raw_requests.append(self.body)
         messages: list[Mapping[str, Any]] = body.get("messages") or []
@@ -481,32 +410,26 @@ class _Exchange:
         prompt, partial = prompt_of(manner, body)
         if cuts:
             prompt = clip(prompt, context, halved=manner.too_long == "cut")
-        wanted = body.get("max_tokens") or body.get("max_completion_tokens") or context
-        error = None if cuts else overflow(manner, len(prompt), int(wanted), context)
+        job = Job(number, len(prompt))
+        error = None if cuts else overflow(manner, len(prompt), _wanted(body, context), context)
         if error is not None and manner.too_long != "blank":
             await self._refuse(error, manner.too_long, bool(body.get("stream")))
             return
         await self._interrupt()
         self.deaf = manner.stops == "stream" and not body.get("stream")
-        if conversation and manner.resumes and body.get("stream"):
-            self.stream = sim._streams.open(conversation)
-        done = [0, 0]
         try:
             await self._load()
             if error is not None:
                 await self._leave_blank(body, len(prompt))
                 return
-            async with self._slot():
-                await self._generate(body, prompt, partial, fault, done)
-        except (_ClientGone, ConnectionError) as left:
+            async with self._slot(job):
+                await self._generate(body, prompt, partial, fault, job)
+        except (_ClientGone, ConnectionError):
             stats.cancelled += 1
-            stats.wasted_tokens += sum(done)
-            if not isinstance(left, _Stopped) or self.gone or self.http.our_state is not h11.SEND_BODY:
-                raise
-            await self._end()
+            stats.wasted_tokens += job.spent
+            raise
         finally:
             self.deaf = False
-            await self._close_stream()
 
     async def _refuse(self, error: Mapping[str, Any], how: str, stream: bool) -> None:
         """Says that the prompt does not fit, the way that ``how`` of TOO_LONG names."""
@@ -534,19 +457,21 @@ class _Exchange:
         await self._end()
 
     @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """A slot once there is one; a client that goes away leaves the queue."""
+    async def _slot(self, job: Job) -> AsyncIterator[None]:
+        """A slot for the job once there is one; a client that goes away leaves the queue."""
         while self.sim._slots.locked():
             await self._work(0.2 if self.sim.scale <= 1 else 0.2 * min(self.sim.scale, 10))
         async with self.sim._slots:
             self.sim._running = asyncio.current_task()
+            self.sim._jobs.append(job)
             try:
                 yield
             finally:
+                self.sim._jobs.remove(job)
                 self.sim._running = None
 
     async def _fail_at_once(self, fault: Optional[Fault]) -> bool:
-        """Faults that come before any work."""
+        """Faults that come before any work; whether there was one."""
         if fault is None:
             return False
         if fault.kind == "hang":
@@ -581,91 +506,54 @@ class _Exchange:
         return True
 
     async def _generate(
-        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault], done: list[int]
+        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault], job: Job
     ) -> None:
-        job = Job(self.sim.stats.requests, len(prompt))
-        self.sim._jobs.append(job)
-        try:
-            await self._answer(body, prompt, partial, fault, done, job)
-        finally:
-            self.sim._jobs.remove(job)
-
-    async def _answer(
-        self, body: Mapping[str, Any], prompt: list[str], partial: Optional[str], fault: Optional[Fault],
-        done: list[int], job: Job,
-    ) -> None:  # fmt: skip
+        """Reads the prompt and writes the answer; ``partial``: its beginning, which is there already."""
         sim, machine, stats, manner = self.sim, self.sim.machine, self.sim.stats, self.sim.manner
         stream = bool(body.get("stream"))
         chunk = _chunker(sim.model)
-        early = stream and manner.early
-        if early:
+        if stream and manner.early:
             await self._start_stream()
-        cached = sim._cache.shared(prompt) if machine.prefix_cache else 0
-        stats.cached_tokens += cached
         begun = time.monotonic()
-        progress = early and manner.progress == "events" and body.get("return_progress")
-        position = job.processed = cached
-        while position < len(prompt):
-            if progress:
-                await self._event(_progress(chunk, cached, position, len(prompt)))
-            size = min(machine.batch, len(prompt) - position)
-            await self._work(seconds(size, machine.prefill_speed))
-            position += size
-            stats.prefill_tokens += size
-            done[0] += size
-            job.processed = position
-            if early and manner.progress == "comments":
-                await self._comment(f"keepalive {position - cached}/{len(prompt) - cached}")
-            sim._cache.hold(prompt[:position])
-        if progress:
-            await self._event(_progress(chunk, cached, len(prompt), len(prompt)))
+        shows = manner.progress if stream and manner.early else ""
+        if shows == "events" and not body.get("return_progress"):
+            shows = ""
+        await self._prefill(prompt, job, chunk, shows)
         prefill_ms = (time.monotonic() - begun) * 1000 * sim.scale
 
         messages = list(body.get("messages") or [])
         if partial is not None and messages and messages[-1].get("role") == "assistant":
             messages.pop()  # what is continued is no part of what is asked
         answer = sim._answer(messages, body.get("tools"))
+        front = partial if partial and answer.text.startswith(partial) else ""
         reasoning = tokenize(answer.reasoning)
-        text = answer.text
-        if partial is not None and text.startswith(partial):
-            text = text[len(partial) :]
-        else:
-            partial = None
-        pieces = [*reasoning, *(tokenize(answer.tool_arguments) if answer.tool_name else tokenize(text))]
-        room = machine.context - len(prompt)
-        limit = max(min(int(body.get("max_tokens") or room), room), 1)
+        pieces = [*reasoning, *tokenize(answer.tool_arguments if answer.tool_name else answer.text[len(front) :])]
+        room = machine.context - job.prompt
+        limit = max(min(_wanted(body, room), room), 1)
         reason = "length" if len(pieces) > limit else "tool_calls" if answer.tool_name else "stop"
         pieces = pieces[:limit]
-        if stream and not early:
+        if stream and not manner.early:
             await self._work(seconds(1, machine.decode_speed))
             await self._start_stream()
         for number, piece in enumerate(pieces):
-            if fault is not None and number == fault.after and await self._fail_in_stream(fault, stream):
-                stats.wasted_tokens += sum(done)
+            if fault is not None and number == fault.after and await self._fail_in_stream(fault):
+                stats.wasted_tokens += job.spent
                 return
             await self._work(seconds(1, machine.decode_speed))
             stats.decode_tokens += 1
-            done[1] += 1
             job.decoded += 1
             if stream:
                 await self._event(chunk(_delta(number, piece, len(reasoning), answer.tool_name)))
-        if fault is not None and fault.after >= len(pieces) and await self._fail_in_stream(fault, stream):
-            stats.wasted_tokens += sum(done)
+        if fault is not None and fault.after >= len(pieces) and await self._fail_in_stream(fault):
+            stats.wasted_tokens += job.spent
             return
-        decode_ms = (time.monotonic() - begun) * 1000 * sim.scale - prefill_ms
-        usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": len(pieces),
-                                 "total_tokens": len(prompt) + len(pieces)}  # fmt: skip
-        if manner.cached:
-            usage["prompt_tokens_details"] = {"cached_tokens": cached}
-        timings = {"cache_n": cached, "prompt_n": len(prompt) - cached, "prompt_ms": prefill_ms,
-                   "predicted_n": len(pieces), "predicted_ms": decode_ms}  # fmt: skip
-        totals: dict[str, Any] = {} if fault is not None and fault.kind == "no_usage" else {"usage": usage}
-        if manner.progress == "events":
-            totals["timings"] = timings
+        totals = self._totals(job, prefill_ms, (time.monotonic() - begun) * 1000 * sim.scale - prefill_ms)
+        if fault is not None and fault.kind == "no_usage":
+            del totals["usage"]
         stats.completed += 1
         if not stream:
-            front = partial if partial and manner.repeats else ""
-            await self._reply(200, _whole(sim.model, answer, front + "".join(pieces), reason, totals))
+            text = (front if manner.repeats else "") + "".join(pieces)
+            await self._reply(200, _whole(sim.model, answer, text, reason, totals))
             return
         await self._event({**chunk({}, reason), **(totals if manner.usage == "always" else {})})
         asked = manner.usage == "asked" and (body.get("stream_options") or {}).get("include_usage")
@@ -675,13 +563,42 @@ class _Exchange:
             await self._event("[DONE]")
         await self._end()
 
-    async def _fail_in_stream(self, fault: Fault, stream: bool) -> bool:
-        """Faults in the middle of an answer."""
+    async def _prefill(self, prompt: list[str], job: Job, chunk: Callable[..., dict[str, Any]], shows: str) -> None:
+        """Reads what of the prompt is not cached; ``shows``: how one sees that, as ``Dialect.progress`` names it."""
+        sim, machine = self.sim, self.sim.machine
+        job.cached = job.processed = sim._cache.shared(prompt) if machine.prefix_cache else 0
+        sim.stats.cached_tokens += job.cached
+        while job.processed < job.prompt:
+            if shows == "events":
+                await self._event(_progress(chunk, job))
+            size = min(machine.batch, job.prompt - job.processed)
+            await self._work(seconds(size, machine.prefill_speed))
+            job.processed += size
+            sim.stats.prefill_tokens += size
+            if shows == "comments":
+                await self._comment(f"keepalive {job.processed - job.cached}/{job.prompt - job.cached}")
+            sim._cache.hold(prompt[: job.processed])
+        if shows == "events":
+            await self._event(_progress(chunk, job))
+
+    def _totals(self, job: Job, prefill_ms: float, decode_ms: float) -> dict[str, Any]:
+        """What the last chunk tells of the whole answer; times are those of the simulated machine."""
+        usage: dict[str, Any] = {"prompt_tokens": job.prompt, "completion_tokens": job.decoded,
+                                 "total_tokens": job.prompt + job.decoded}  # fmt: skip
+        if self.sim.manner.cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": job.cached}
+        if self.sim.manner.progress != "events":
+            return {"usage": usage}
+        timings = {"cache_n": job.cached, "prompt_n": job.prompt - job.cached, "prompt_ms": prefill_ms,
+                   "predicted_n": job.decoded, "predicted_ms": decode_ms}  # fmt: skip
+        return {"usage": usage, "timings": timings}
+
+    async def _fail_in_stream(self, fault: Fault) -> bool:
+        """Faults in the middle of an answer; whether that ends it."""
         if fault.kind == "stall":
             await self._work(_FOREVER * self.sim.scale)
         elif fault.kind == "drop":
             self._reset()
-            return False  # the connection is gone, and the request may go on
         elif fault.kind == "close":
             await self._end()
         elif fault.kind == "done_without_finish":
@@ -699,6 +616,11 @@ _NOT_FOUND = {"error": {"message": "File Not Found", "type": "not_found_error", 
 _LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
 
 
+def _wanted(body: Mapping[str, Any], most: int) -> int:
+    """Tokens that the answer may have by the request; ``most`` where it does not say."""
+    return int(body.get("max_tokens") or body.get("max_completion_tokens") or most)
+
+
 def _chunker(model: str) -> Callable[..., dict[str, Any]]:
     created = int(time.time())
     identity = f"chatcmpl-{time.monotonic_ns():x}"
@@ -710,8 +632,8 @@ def _chunker(model: str) -> Callable[..., dict[str, Any]]:
     return chunk
 
 
-def _progress(chunk: Callable[..., dict[str, Any]], cached: int, processed: int, total: int) -> dict[str, Any]:
-    state = {"total": total, "cache": cached, "processed": processed, "time_ms": 0}
+def _progress(chunk: Callable[..., dict[str, Any]], job: Job) -> dict[str, Any]:
+    state = {"total": job.prompt, "cache": job.cached, "processed": job.processed, "time_ms": 0}
     return {**chunk({"role": "assistant", "content": None}), "prompt_progress": state}
 
 
@@ -768,7 +690,7 @@ class SimulatorThread:
 
 def serve(
     *, dialect: str, model: str, port: int, scale: float, context: int, prefill_speed: float, decode_speed: float,
-    load_time: float, slots: int, faults: Sequence[str] = (), too_long: Optional[str] = None, tells_window: bool = True,
+    load_time: float, slots: int, faults: Sequence[str], too_long: Optional[str], tells_window: bool,
 ) -> None:  # fmt: skip
     """Serves until Ctrl-C and then says what was done; durations in seconds.
 

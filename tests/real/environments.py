@@ -85,6 +85,8 @@ RECIPES = {
         run={**OFFLINE, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
         served="tiny",
     ),
+    # A proxy: proxies.py starts it in front of other servers.
+    "litellm": Recipe("1.108.7", ("litellm[proxy]==1.108.7",), ()),
 }  # fmt: skip
 
 

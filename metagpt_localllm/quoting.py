@@ -1,0 +1,26 @@
+"""Words of others in a line of ours: a server's, a library's, of a damaged file. Pure."""
+
+from __future__ import annotations
+
+import json
+
+__all__ = ["SECRET", "quoted"]
+
+#: Characters of a key from which on it is struck out of texts: shorter ones are parts of words.
+SECRET = 4
+#: Characters that are quoted, and those that are looked at for them.
+_QUOTED, _READ = 300, 1 << 18
+
+
+def quoted(text: str, key: str = "") -> str:
+    """``text`` as one short line that can be shown anywhere.
+
+    What moves a cursor, and half a character, is U+FFFD in it.
+
+    Args:
+        key: the API key, for which … stands.
+    """
+    if len(key) >= SECRET:  # before it is cut: a part of a key is one, too
+        text = text.replace(key, "…").replace(json.dumps(key)[1:-1], "…")
+    line = " ".join(text[:_READ].split())[:_QUOTED]
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)
