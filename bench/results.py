@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Sequence
 
-__all__ = ["Goal", "Part", "Plot", "Table"]
+__all__ = ["Goal", "Part", "Plot", "Table", "goals"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,14 @@ class Part:
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()
     versions: dict[str, str] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        """The part by itself, for the command line."""
+        sections = [f"## {self.title}", *(table.markdown() for table in self.tables), goals([self]).markdown(), *self.notes]
+        told = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return "\n\n".join([*sections, *([f"Versions: {told}."] if told else [])])
+
+
+def goals(parts: Sequence[Part]) -> Table:
+    """All goals of all parts."""
+    return Table("Goals", ["what", "goal", "measured", ""], [goal.row() for part in parts for goal in part.goals])

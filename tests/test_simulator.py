@@ -203,3 +203,36 @@ def test_faults_from_text():
                                            (Fault("hang", every=2, times=None), [1, 3, 5])])  # fmt: skip
 def test_a_fault_strikes_when_the_script_says(fault, struck):
     assert [n for n in range(1, 6) if fault.strikes(n, "")] == struck
+
+
+async def ask_ollama(server, **body):
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
+        asked = {"model": "m", "messages": [{"role": "user", "content": "hello"}], **body}
+        return await client.post(server.base_url.replace("/v1", "/api/chat"), json=asked)
+
+
+async def test_ollama_speaks_its_own_api_too(simulator):
+    async with simulator(dialect="ollama", answer=lambda m, t: Answer(text="four words are here")) as server:
+        lines = [json.loads(line) for line in (await ask_ollama(server)).text.splitlines()]
+        whole = (await ask_ollama(server, stream=False)).json()
+        short = (await ask_ollama(server, stream=False, options={"num_predict": 2})).json()
+    assert "".join(line["message"]["content"] for line in lines) == whole["message"]["content"] == "four words are here"
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert lines[-1]["eval_count"] == whole["eval_count"] and whole["done_reason"] == "stop"
+    assert (short["done_reason"], short["eval_count"]) == ("length", 2)
+
+
+@pytest.mark.parametrize("fault, last", [("close", {}), ("done_without_finish", {}), ("stream_error", {"error": "the model"})])
+async def test_ollama_ends_a_broken_answer_without_its_last_line(simulator, fault, last):
+    async with simulator(parse_fault(f"{fault}:after=2"), dialect="ollama") as server:
+        lines = [json.loads(line) for line in (await ask_ollama(server)).text.splitlines()]
+    assert not any(line.get("done") for line in lines)
+    assert lines[-1].get("error", "")[:9] == last.get("error", "")
+
+
+async def test_only_ollama_has_its_api_and_says_its_errors_there_as_plain_text(simulator):
+    async with simulator(parse_fault("error:status=500"), dialect="ollama") as server:
+        failed = await ask_ollama(server)
+    assert failed.status_code == 500 and isinstance(failed.json()["error"], str)
+    async with simulator(dialect="lmstudio") as server:
+        assert (await ask_ollama(server)).status_code == 404

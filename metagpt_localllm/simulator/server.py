@@ -15,7 +15,7 @@ from typing import Any, AsyncIterator, Callable, Iterable, Mapping, Optional, Se
 
 import h11
 
-from metagpt_localllm.simulator import answers
+from metagpt_localllm.simulator import answers, native
 from metagpt_localllm.simulator.answers import Answer
 from metagpt_localllm.simulator.dialects import (
     DIALECTS,
@@ -214,6 +214,7 @@ class _Exchange:
         self.http = h11.Connection(h11.SERVER)
         self.body = b""
         self.deaf = False  # whether this request goes on when its client has left
+        self.lines: Optional[native.Lines] = None  # of an answer to /api/chat
 
     async def run(self) -> None:
         while True:
@@ -253,6 +254,8 @@ class _Exchange:
     async def _reply(
         self, status: int, payload: Any, headers: Sequence[tuple[str, str]] = (), kind: str = "application/json"
     ) -> None:
+        if self.lines is not None and isinstance(payload, Mapping):
+            payload = native.whole(payload)
         body = payload if isinstance(payload, bytes) else json.dumps(payload, ensure_ascii=False).encode()
         everything = [("content-type", kind), ("content-length", str(len(body))), *self._software(), *headers]
         head = self.http.send(h11.Response(status_code=status, headers=everything))
@@ -260,7 +263,8 @@ class _Exchange:
         await self._send(self.http.send(h11.EndOfMessage()))
 
     async def _start_stream(self) -> None:
-        headers = [("content-type", "text/event-stream"), ("transfer-encoding", "chunked"), *self._software()]
+        kind = "text/event-stream" if self.lines is None else "application/x-ndjson"
+        headers = [("content-type", kind), ("transfer-encoding", "chunked"), *self._software()]
         await self._say(h11.Response(status_code=200, headers=headers))
 
     async def _say(self, event: h11.Event) -> None:
@@ -277,10 +281,15 @@ class _Exchange:
         await self._data(f": {text}\n\n".encode())
 
     async def _event(self, payload: Any) -> None:
+        if self.lines is not None:
+            await self._data(self.lines.of(payload))
+            return
         data = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False)
         await self._data(f"data: {data}\n\n".encode())
 
     async def _end(self) -> None:
+        if self.lines is not None:
+            await self._data(self.lines.last())
         await self._say(h11.EndOfMessage())
 
     def _reset(self) -> None:
@@ -320,6 +329,13 @@ class _Exchange:
             return
         if path == "/v1/chat/completions" or (path == "/chat/completions" and sim.manner.bare):
             await self._chat()
+            return
+        if path == "/api/chat" and sim.dialect == "ollama":
+            self.lines = native.Lines(sim.model)
+            try:
+                await self._chat()
+            finally:
+                self.lines = None
             return
         if not sim.manner.answers_while_loading and sim._loading():
             await self._reply(503, _LOADING)
@@ -367,7 +383,7 @@ class _Exchange:
 
     async def _chat(self) -> None:
         sim, stats = self.sim, self.sim.stats
-        body = self._json()
+        body = self._json() if self.lines is None else native.asked(self._json())
         stats.requests += 1
         number = stats.requests
         sim.requests.append(body)
@@ -467,6 +483,7 @@ class _Exchange:
                 await self._send(self.http.send(h11.Data(data=b": keep-alive\n\n")))
         elif fault.kind == "loading":
             self.sim._loaded_at = time.monotonic() + fault.duration / self.sim.scale
+            self.sim._cache = PrefixCache(self.sim.machine.slots)  # a model that loads remembers nothing
             await self._reply(503, _LOADING)
         elif fault.kind == "busy":
             await self._reply(429, {"error": {"message": "Too many requests", "type": "rate_limit_error"}},
