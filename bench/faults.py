@@ -62,10 +62,10 @@ COMPANY_FAULTS = ("none", "hang", "stall", "close", "refuse", "mix")
 _ON, _AFTER = 4, 60
 _FORGETS = ("refuse", "loading")
 _SILENT = (
-    "A request to LM Studio that stays silent: its server tells nothing of its work, so ours has only the deadline that it has "
-    "learned, which after a few calls is long (78 s after three calls; in the mix 110 s and 177 s: the 99th percentile × 3). "
-    "LangChain's 60 s (stream_chunk_timeout) were chosen by hand to fit this machine; on one half as fast they would cut off "
-    "prompts of 2,000 tokens."
+    "A request to LM Studio that stays silent: that server tells nothing of its work, nor what of the prompt it had in its cache, so "
+    "ours has only the deadline that it has learned, which after a few calls is long: the 99th percentile for a prompt that must be "
+    "read whole, times 3. LangChain's 60 s (stream_chunk_timeout) were chosen by hand to fit this machine; on one half as fast they "
+    "would cut off prompts of 2,000 tokens."
 )
 #: Faults that need no further request.
 _HARMLESS = ("no_done", "no_usage")
@@ -333,7 +333,9 @@ def _faults(found: Found, seed: int) -> Table:
 
 def _details(found: Found) -> Table:
     rows = []
-    for cell, outcome in sorted(found.outcomes.items(), key=lambda item: (list(found.scripts).index(item[0].fault), item[0].dialect)):
+    order = list(found.scripts)
+    for cell in sorted(found.outcomes, key=lambda cell: (order.index(cell.fault), cell.dialect, cell.company, cell.client, cell.best)):
+        outcome = found.outcomes[cell]
         if cell.client == "bare":
             continue
         ended = outcome.error.splitlines()[0][:90] if outcome.error else "wrong answer" if not outcome.finished else ""
@@ -344,7 +346,7 @@ def _details(found: Found) -> Table:
             ended,
         ])  # fmt: skip
     head = ["fault", "server", "client", "finished", "requests", "waste", "wall", "in time", "how it ended otherwise"]
-    return Table("All runs", head, rows)
+    return Table("All runs", head, rows, folded=True)
 
 
 def _goals(found: Found) -> Iterable[Goal]:

@@ -13,20 +13,22 @@ __all__ = ["Goal", "Part", "Plot", "Table", "goals"]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a head; ``title`` stands above it, with ``about`` as a paragraph."""
+    """Rows of text under a head; ``title`` stands above it, with ``about`` as a paragraph. One that is ``folded`` opens on a click."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     about: str = ""
+    folded: bool = False
 
     def markdown(self) -> str:
-        lines = [f"### {self.title}", ""] if self.title else []
+        lines = [f"### {self.title}", ""] if self.title and not self.folded else []
         if self.about:
             lines += [self.about, ""]
         for row in (self.head, ["---"] * len(self.head), *self.rows):
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |")
-        return "\n".join(lines)
+        table = "\n".join(lines)
+        return f"<details><summary>{self.title}</summary>\n\n{table}\n\n</details>" if self.folded else table
 
 
 @dataclass(frozen=True)
