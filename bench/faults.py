@@ -309,7 +309,27 @@ def _tables(found: Found, seed: int) -> list[Table]:
                 for fault in COMPANY_FAULTS if fault in found.scripts]  # fmt: skip
         about = "Each measured by its own run without faults; ✗ with the files of the project that are there and whole, of five."
         tables.append(Table("MetaGPT's software company", ["fault", *(LABELS[client] for client in clients)], rows, about))
-    return [*tables, _settings(), _faults(found, seed), _details(found)]
+    return [_summary(found), *tables, _settings(), _faults(found, seed), _details(found)]
+
+
+def _summary(found: Found) -> Table:
+    """What each client survives of the whole list, on the server that can go on with an answer."""
+    rows = []
+    for client in (OURS, *PEERS):
+        told, finished = [], []
+        for best in (False, True):
+            cells = found.cells(client=client, dialect=CONTINUES, best=best and client != OURS)
+            finished = [cell for cell in cells if found.outcomes[cell].finished]
+            told.append(f"{len(finished)} of {len(cells)}" if cells else "n/a")
+        most = [f"{max(map(measure, finished)):.2f}" if finished else "n/a" for measure in (found.waste, found.wall)]
+        rows.append([LABELS[client], *told, *most, str(_lines(client))])
+    head = ["client", "finished, default settings", "finished, best settings", "waste, the most", "wall, the most", "lines of settings"]
+    about = "Ten calls of one agent under each script of faults; waste and wall are those of the runs that finished with the best settings."
+    return Table("What each client survives", head, rows, about)
+
+
+def _lines(client: str) -> int:
+    return sum(bool(line.strip()) for line in SETTINGS.get((client, "best"), "").splitlines())
 
 
 def _settings() -> Table:
@@ -317,7 +337,7 @@ def _settings() -> Table:
     for client in (OURS, *PEERS, "ollama"):
         text = SETTINGS.get((client, "best"), "")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        rows.append([LABELS[client], str(len(lines)), "; ".join(f"`{line}`" for line in lines) or "none"])
+        rows.append([LABELS[client], str(_lines(client)), "; ".join(f"`{line}`" for line in lines) or "none"])
     return Table("Settings beyond address and model", ["client", "lines for the best", "they are"], rows)
 
 
