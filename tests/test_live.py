@@ -314,7 +314,7 @@ def test_the_demo_shows_the_calls_while_they_run(tmp_path):
     with Tmux(command, 100, 30, **environment) as tmux:
         seen = tmux.wait_for(lambda screen: "tok/s" in screen, 90)
         row = next(line for line in seen.splitlines() if "tok/s" in line)
-        assert re.search(r"Product Manager WritePRD  generating \d+ tokens at [\d.]+ tok/s · [\d:]+( s)? elapsed · total in 1:5\d:\d\d", row)
+        assert re.search(r"(Product Manager WritePRD|Team Leader)  generating \d+ tokens at [\d.]+ tok/s · [\d:]+( s)? elapsed · total in 1:5\d:\d\d", row)
         assert "on the simulated machine" in seen
         tmux.keys("C-c")
         tmux.wait_for(lambda screen: "elapsed" not in screen)
