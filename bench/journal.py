@@ -8,8 +8,8 @@ per cent of a call of ten seconds.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -34,7 +34,9 @@ CALL = CallRecord(
 
 
 def main() -> None:
-    calls = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    parser = argparse.ArgumentParser(prog="python -m bench.journal", description=__doc__.splitlines()[0])
+    parser.add_argument("calls", type=int, nargs="?", default=1_000_000)
+    calls = parser.parse_args().calls
     with tempfile.TemporaryDirectory() as folder:
         state = State(Path(folder) / "state.db")
         journal = Journal(state)

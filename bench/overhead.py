@@ -7,7 +7,9 @@ Then the start-up cost of the .pth file: ``python -c pass`` in environments with
 imports sys, and with ours; in CPU time, and in instructions where there is valgrind.
 """
 
+import argparse
 import asyncio
+import atexit
 import os
 import re
 import resource
@@ -115,15 +117,17 @@ def startup():
 
 
 def main():
-    with tempfile.TemporaryDirectory() as home:
-        (Path(home) / ".metagpt").mkdir()
-        (Path(home) / ".metagpt" / "config2.yaml").write_text("llm: {api_type: openai, api_key: none, model: m}\n")
-        os.environ.update(HOME=home, METAGPT_PROJECT_ROOT=home)
-        server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
-        try:
-            asyncio.run(compare(server.stdout.readline().strip()))
-        finally:
-            server.kill()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    home = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, home)  # runs after what the package does at exit, which writes there
+    (Path(home) / ".metagpt").mkdir()
+    (Path(home) / ".metagpt" / "config2.yaml").write_text("llm: {api_type: openai, api_key: none, model: m}\n")
+    os.environ.update(HOME=home, METAGPT_PROJECT_ROOT=home)
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        asyncio.run(compare(server.stdout.readline().strip()))
+    finally:
+        server.kill()
     startup()
 
 

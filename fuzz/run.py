@@ -21,13 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=fuzz.TARGETS)
     parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--minimize", type=int, metavar="FILES", help="instead: keep so many inputs of the corpus, those that reach most")
+    parser.add_argument("--minimize", type=int, metavar="FILES", help="instead: take what was found into the corpus, and keep so many of its inputs, those that reach most")
     parser.add_argument("--largest", type=int, default=4096, help="bytes of an input")
     options = parser.parse_args()
-    corpus, crashes = HERE / "corpus" / options.target, HERE / "crashes" / options.target
-    crashes.mkdir(parents=True, exist_ok=True)
-    corpus.mkdir(parents=True, exist_ok=True)
+    corpus, found, crashes = (HERE / folder / options.target for folder in ("corpus", "found", "crashes"))
+    for folder in (corpus, found, crashes):
+        folder.mkdir(parents=True, exist_ok=True)
     if options.minimize:
+        for file in found.iterdir():
+            file.replace(corpus / file.name)
         minimize(importlib.import_module(f"fuzz.{options.target}"), corpus, options.minimize)
         return
 
@@ -36,9 +38,9 @@ def main() -> None:
     with atheris.instrument_imports(include=["metagpt_localllm"]):
         target = importlib.import_module(f"fuzz.{options.target}")
     for seed in target.seeds():
-        (corpus / hashlib.sha1(seed).hexdigest()[:16]).write_bytes(seed)
+        (found / hashlib.sha1(seed).hexdigest()[:16]).write_bytes(seed)
     flags = [f"-max_len={options.largest}", "-timeout=20", "-rss_limit_mb=2000", f"-artifact_prefix={crashes}/", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *flags, f"-max_total_time={options.seconds}", str(corpus)], target.check)
+    atheris.Setup([sys.argv[0], *flags, f"-max_total_time={options.seconds}", str(found), str(corpus)], target.check)
     atheris.Fuzz()
 
 

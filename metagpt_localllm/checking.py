@@ -17,6 +17,7 @@ from pydantic import ValidationError, create_model, model_validator
 
 from metagpt_localllm.config_file import ConfigFileError, content_of
 from metagpt_localllm.installation import METAGPT_KEYS, Check
+from metagpt_localllm.policies import named
 from metagpt_localllm.quoting import quoted
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
@@ -157,7 +158,8 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
     except Loading:
         return Seen(endpoint, trouble=Trouble.LOADING)
     except Unanswered as error:
-        trouble = Trouble.NEEDS_KEY if str(error) in ("401", "403") else Trouble.NO_MODEL_SERVER
+        locked = str(error) in ("401", "403") or (await identify(endpoint, named)).server.locked
+        trouble = Trouble.NEEDS_KEY if locked else Trouble.NO_MODEL_SERVER
         return Seen(endpoint, trouble=trouble, reason=f"status {error}" if str(error).isdigit() else str(error))
     except asyncio.TimeoutError:
         reason = f"no answer within {limit:g} s"
@@ -168,6 +170,8 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         reason = "odd characters in llm.api_key or the address" if odd else quoted(str(error), endpoint.api_key) or type(error).__name__
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     server = (await identify(endpoint, named)).server
+    if listing is None and server.locked:
+        return Seen(endpoint, server, trouble=Trouble.NEEDS_KEY, reason="without a list of models")
     # Some kinds are known by what they answer beside the API: that does not show that the API is at this address.
     if listing is None and server.lists and named != Server.name:
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER, reason=NO_LIST)
@@ -240,4 +244,16 @@ def _block_problems(block: dict[str, Any]) -> list[str]:
         problems.append("base_url ends in /chat/completions: leave that off")
     if not block.get("model"):
         problems.append("model is missing: it is the model's name as the server lists it at <base_url>/models")
-    return problems
+    return problems + _policy_problems(block.get("local"))
+
+
+def _policy_problems(local: Any) -> list[str]:
+    """A policy of the user's own is imported when a provider is made, and not with the other settings."""
+    context = local.get("context") if isinstance(local, dict) else None
+    policy = context.get("policy") if isinstance(context, dict) else None
+    if isinstance(policy, str) and ":" in policy:
+        try:
+            named(policy)
+        except ValueError as error:
+            return [f"local.context.policy: {quoted(str(error))}"]
+    return []

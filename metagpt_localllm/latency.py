@@ -340,7 +340,7 @@ class Estimator:
             # One load says little about the next: the file may be in the page cache or not.
             load = max(self._loads) * (1 + 1 / len(self._loads)) if self._loads else _UNKNOWN_LOAD
             why += f" + {_s(load)} to load"
-            expected += self.usual_load if self.usual_load is not None else _UNKNOWN_LOAD / 2
+            expected += self.usual_load or 0.0  # one that was never seen is allowed for, but not foretold
         return Estimate(prefill + wait + load, expected, _QUANTILE, level.calls, why, in_vain)
 
     @property

@@ -15,6 +15,7 @@ from metagpt_localllm.session import VARIABLE, is_alive, locks_of
 from metagpt_localllm.settings import JournalSettings
 from metagpt_localllm.state import state_at
 from metagpt_localllm.statistics import mappings
+from metagpt_localllm.wording import counted
 
 __all__ = ["JOURNAL_PATH", "journal_file", "run_named", "runs", "standing"]
 
@@ -102,7 +103,7 @@ def list_runs(context: click.Context, limit: int = 20) -> None:
     for run in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.touched))
         click.echo(
-            f"{run.id}  {when}  {_how(context, run):<11} {run.calls:>4} calls {run.tokens:>8,} tokens  {_command(run)}"
+            f"{run.id}  {when}  {_how(context, run):<11} {counted(run.calls, 'call'):>9} {counted(run.tokens, 'token'):>14}  {_command(run)}"
         )
 
 

@@ -175,7 +175,7 @@ async def _look(endpoint: Endpoint, tell: Callable[[Found], Any]) -> None:
             with contextlib.suppress(Unanswered, httpx.HTTPError, ValueError, OSError):
                 server = await shy.identify(ask, "")
                 if server is not None:
-                    tell(Found(base_url, server.name))
+                    tell(Found(base_url, server.name, needs_key=server.locked))
                     return
 
 

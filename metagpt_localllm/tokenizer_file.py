@@ -1,6 +1,6 @@
 """Exact counts by a model's own ``tokenizer.json``. Only local files are read, with the ``tokenizers`` library.
 
-The library is an extra: ``pip install 'metagpt-localllm[tokenizer]'``.
+The library is an extra, which MetaGPT 0.8.2 brings along; its newest dependencies want a click that breaks MetaGPT's typer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _load(path: str, _modified: int, _size: int) -> Callable[[str], int]:
         library = importlib.import_module("tokenizers")
     except ImportError as error:
         what = f"counting by {path} needs the tokenizers library ({error})"
-        raise ValueError(f"{what}: run pip install 'metagpt-localllm[tokenizer]'") from None
+        raise ValueError(f"{what}: run pip install tokenizers 'click<8.2'") from None
     try:
         tokenizer = library.Tokenizer.from_file(path)
     except Exception as error:  # the library raises nothing more special

@@ -14,8 +14,13 @@ EXAMPLE = yaml.safe_load(TEXT)["llm"]
 
 
 def test_it_loads():
-    config = LLMConfig(**EXAMPLE)
-    assert [tier.name for tier in config.local.tiers] == ["quick", "coding"]
+    assert LLMConfig(**EXAMPLE).local.tiers == []
+
+
+def test_its_example_of_tiers_loads():
+    shown = re.findall(r"^    #( {2}[- ].*)$", TEXT.split("tiers: []")[1].split("match also takes")[0], re.MULTILINE)
+    local = LocalSettings.model_validate({"tiers": yaml.safe_load("\n".join(shown))})
+    assert [tier.name for tier in local.tiers] == ["quick", "coding"]
 
 
 @pytest.mark.parametrize("section", ["timeouts", "retry", "context", "journal", "progress", "telemetry"])

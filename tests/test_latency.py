@@ -259,7 +259,9 @@ def test_a_load_is_learned_apart_from_prefill_and_only_where_it_may_happen():
     assert expected(estimator) == pytest.approx(50, rel=0.2)
     assert 45 < seconds(estimator, may_load=True) - seconds(estimator) < 120
     assert "to load" in estimator.first_token(2000, may_load=True).why
-    assert "+ 300s to load" in Estimator(steady()).first_token(2000, may_load=True).why
+    unseen = Estimator(steady())
+    assert "+ 300s to load" in unseen.first_token(2000, may_load=True).why
+    assert unseen.first_token(2000, may_load=True).expected == unseen.first_token(2000).expected, "allowed for, not foretold"
 
 
 def test_what_the_cache_surely_holds_is_its_worst_of_late():

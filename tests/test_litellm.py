@@ -10,7 +10,9 @@ from contract import endpoint_of, identified
 
 from metagpt_localllm import errors, failures, servers
 from metagpt_localllm.call import complete
+from metagpt_localllm.checking import Trouble, see
 from metagpt_localllm.failures import Kind
+from metagpt_localllm.scanning import look_at
 from metagpt_localllm.servers.litellm import LiteLLM
 
 REACHES_NONE = (
@@ -173,3 +175,13 @@ def test_the_codes_of_errors_in_its_streams_are_strings():
     failure = failures.from_error_body(said, httpx.Request("POST", "http://x"))
     assert failure.response is not None and failure.response.status_code == 408
     assert "stream_timeout" in LiteLLM().reread(failure, json.dumps(said), 30.0, keyed=True).remedy
+
+
+@pytest.mark.parametrize("answer", [_http(500, "Internal Server Error", "text/plain"),
+                                    _http(400, json.dumps(WRONG_KEY), "application/json")], ids=["no key", "wrong key"])  # fmt: skip
+async def test_check_and_init_know_that_it_wants_a_key(answer):
+    async with RawServer(about={**about(), "/v1/models": answer, "/model/info": answer}) as server:
+        endpoint = endpoint_of(server.base_url, "m")
+        assert (await see(endpoint, "auto")).trouble is Trouble.NEEDS_KEY
+        found = await look_at(endpoint, 5.0)
+    assert found.needs_key and found.kind == "litellm"

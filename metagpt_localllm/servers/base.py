@@ -263,6 +263,7 @@ class Server:
             seconds, and answer whatever the server is doing: that they do not then proves that it is gone.
         quiet: whether every question beside the chat harms the answer that runs; it is asked once and never again.
         lists: whether ``/v1/models`` always answers.
+        locked: whether it does so but for those without the right key, whatever status they get.
         usual_window: context window in tokens that it takes unless told otherwise, where it never says which it has.
         truncates: whether it cuts a prompt that is too long without a word; ``usage.prompt_tokens`` tells what is left.
         sums: whether it refuses a prompt that fits its context, but not together with ``max_tokens``.
@@ -276,6 +277,7 @@ class Server:
     watchable: ClassVar[bool] = False
     quiet: ClassVar[bool] = False
     lists: ClassVar[bool] = True
+    locked: ClassVar[bool] = False
     usual_window: ClassVar[Optional[int]] = None
     truncates: ClassVar[bool] = False
     sums: ClassVar[bool] = False

@@ -39,6 +39,7 @@ class LiteLLM(Server):
 
     name: ClassVar[str] = "litellm"
     lists: ClassVar[bool] = False  # without a key the list is a 401, or a 500 where its database's client is not installed
+    locked: ClassVar[bool] = True
     sums: ClassVar[bool] = True  # vLLM may be behind it
 
     @classmethod
