@@ -31,6 +31,8 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Annotated
 
+from metagpt_localllm.quoting import quoted
+
 __all__ = [
     "Backoff",
     "ContextSettings",
@@ -165,8 +167,8 @@ Globs = Annotated[List[Annotated[Name, AfterValidator(_glob)]], BeforeValidator(
 
 
 def _name(key: object) -> str:
-    """A key as it is compared and shown: YAML takes any value for one, of any length."""
-    text = key if isinstance(key, str) else _shown(key)
+    """A key as it is shown: YAML takes any value for one, of any length, over several lines."""
+    text = quoted(key) if isinstance(key, str) else _shown(key)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
@@ -210,9 +212,9 @@ def refuse_misplaced(llm: Dict[str, Any], known: List[str]) -> None:
         pydantic.ValidationError: a key that belongs below ``local``, or a misspelling of a known one.
     """
     for written in llm:
-        key = _name(written)
-        if key in known:
+        if written in known:
             continue
+        key = _name(written)
         homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         if homes or near:
