@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from metagpt_localllm.wording import is_printable
+
 __all__ = ["SECRET", "quoted"]
 
 #: Characters of a key from which on it is struck out of texts: shorter ones are parts of words.
@@ -23,4 +25,4 @@ def quoted(text: str, key: str = "") -> str:
     if len(key) >= SECRET:  # before it is cut: a part of a key is one, too
         text = text.replace(key, "…").replace(json.dumps(key)[1:-1], "…")
     line = " ".join(text[:_READ].split())[:_QUOTED]
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)
+    return "".join(character if is_printable(character) else "\ufffd" for character in line)
