@@ -173,3 +173,12 @@ def test_the_codes_of_errors_in_its_streams_are_strings():
     failure = failures.from_error_body(said, httpx.Request("POST", "http://x"))
     assert failure.response is not None and failure.response.status_code == 408
     assert "stream_timeout" in LiteLLM().reread(failure, json.dumps(said), 30.0, keyed=True).remedy
+
+
+async def test_a_strict_server_behind_it_does_not_switch_its_retries_on(ask):
+    refused = error(400, "litellm.BadRequestError: OpenAIException - stream_options: Extra inputs are not permitted")
+    async with RawServer(refused, WHOLE, about=about(entry("m"))) as server:
+        assert (await complete(ask(server))).text == "ok"
+    fields = [json.loads(request) for request in server.requests]
+    assert ["stream_options" in sent for sent in fields] == [True, False]
+    assert [sent["num_retries"] for sent in fields] == [0, 0]

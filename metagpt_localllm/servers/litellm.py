@@ -65,7 +65,10 @@ class LiteLLM(Server):
 
     def extras(self) -> Mapping[str, Any]:
         """``num_retries`` overrules its configuration, and is not sent on (measured; its default is 2, so 3 requests)."""
-        return {**super().extras(), "num_retries": 0}
+        return {**super().extras(), **self.needed()}
+
+    def needed(self) -> Mapping[str, Any]:
+        return {"num_retries": 0}
 
     async def health(self, ask: Ask) -> Health:
         """Of the proxy alone: it has no free question about what is behind it."""
