@@ -29,7 +29,7 @@ def raw_deflate(data):
 
 
 PACKERS = {"gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress, "Deflate": raw_deflate, "identity": bytes,
-           "": bytes, "gzip, identity": gzip.compress}  # fmt: skip
+           "": bytes, "UTF-8": bytes, "none": bytes, "gzip, aws-chunked": gzip.compress, "gzip, identity": gzip.compress}  # fmt: skip
 
 
 @pytest.mark.parametrize("encoding", PACKERS)
