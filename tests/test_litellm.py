@@ -82,6 +82,7 @@ async def test_the_date_of_its_models_alone_does_not_make_it_litellm():
     ([entry("m", "http://a/v1"), entry("m", "http://b/v1")], 8192, 2),
     ([entry("m", max_input_tokens=4000), entry("m", "http://b/v1", max_input_tokens=6000)], 4000, 2),
     ([entry("m", "http://a/v1"), entry("m", "http://a/v1")], 8192, 1),
+    ([entry("m", ["http://a/v1"]), entry("m", {"http": 1})], 8192, 2),
     # A cloud's model of that name, and a table of what Ollama's models could have: neither is what is loaded.
     ([entry("m", model="openai/gpt-4", max_input_tokens=8192, input_cost_per_token=3e-05)], None, 1),
     ([entry("m", model="ollama_chat/llama3", max_input_tokens=8192, input_cost_per_token=0)], None, 1),

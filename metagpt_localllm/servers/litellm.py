@@ -137,7 +137,7 @@ def _facts(listed: list[Mapping[str, Any]], deployments: list[Mapping[str, Any]]
 
 def _places(deployments: list[Mapping[str, Any]]) -> Optional[int]:
     """How many servers it has for the model; None where it does not tell."""
-    return len({_part(entry, "litellm_params").get("api_base") for entry in deployments}) or None
+    return len({str(_part(entry, "litellm_params").get("api_base")) for entry in deployments}) or None
 
 
 def _part(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
