@@ -55,6 +55,11 @@ def test_texts_of_all_languages_stay_as_they_are(text):
     assert quoted(text) == printable(text) == text
 
 
+def test_of_a_long_text_the_end_is_told_too():
+    said = quoted("Traceback (most recent call last):\n" + '  File "server.py", line 3\n' * 400 + "OutOfMemoryError: CUDA out of memory")
+    assert said.startswith("Traceback (most") and said.endswith("OutOfMemoryError: CUDA out of memory") and len(said) == 300
+
+
 @pytest.mark.parametrize("odd", ["\x1b", "\u202e", "\u2028", "\ud800", "\x9b", "\u200b"])
 def test_what_moves_a_cursor_or_turns_a_text_round_is_no_part_of_a_line(odd):
     assert odd not in quoted(f"a{odd}b") + printable(f"a{odd}b")
