@@ -71,7 +71,7 @@ async def _called(answers: list[bytes]) -> None:
     else:
         assert isinstance(outcome.text, str) and outcome.usage.total_tokens >= 0
     assert time.monotonic() - begun < _LONGEST
-    fits_a_line(str(await see(endpoint, limit=1.0)))
+    fits_a_line((await see(endpoint, limit=1.0)).sentence("llm"))
     server.close()
 
 

@@ -108,8 +108,9 @@ async def _until_whole(run: Run) -> Outcome:
                 run.server = (await servers.identify(run.call.endpoint, run.call.settings.server)).server
                 await _load(run)
             prompt = prompt or await prepare(run)
-            if beginning is not None:
-                _take_up(run, beginning, prompt)
+            if beginning is not None and run.server is not servers.UNKNOWN:  # of one that is not up yet nothing can be proved
+                if not run.answer.tokens:
+                    _take_up(run, beginning, prompt)
                 beginning = None
             failure = await _try(run, prompt)
         _learn_speed(run, prompt, failure)

@@ -92,8 +92,7 @@ async def prepare(run: Run) -> Prompt:
     body["messages"] = chat.sent
     body["max_tokens"] = wanted if room is None else max(1, min(wanted, room - chat.tokens))
     body["stream"] = True
-    if not servers.is_strict(call.endpoint):
-        body.update(server.extras())
+    body.update(server.needed() if servers.is_strict(call.endpoint) else server.extras())
     return Prompt(encoded(body), chat.sent, chat.counts(), chat.tokens, body["max_tokens"], wanted, window, chat.changed)
 
 

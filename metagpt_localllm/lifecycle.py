@@ -151,6 +151,8 @@ class CallLife:
         self.call_end += seconds
         self.started += seconds
         self.waited += seconds
+        if self._waiting_since is not None:
+            self._waiting_since += seconds
 
     def send(self, now: float, deadlines: Optional[Deadlines] = None) -> None:
         """A request goes out."""

@@ -6,9 +6,10 @@ import ipaddress
 import ssl
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Optional
+from typing import Any, Awaitable, Callable, Mapping, Optional
 from urllib.parse import urlsplit, urlunsplit
 
+import anyio
 import httpx
 
 from metagpt_localllm.quoting import SECRET
@@ -94,13 +95,46 @@ def client_for(endpoint: Endpoint) -> httpx.AsyncClient:
     connections whenever one begins or ends: with a thousand of them that is most of the CPU time. The environment's
     proxies are not for servers on this machine.
     """
-    return httpx.AsyncClient(
+    return _Client(
         proxy=endpoint.proxy,
         trust_env=endpoint.proxy is None and not is_local(endpoint.base_url),
         verify=_ssl_context(),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         timeout=None,
     )
+
+
+class _Client(httpx.AsyncClient):
+    """Closes a connection whose TLS or SOCKS handshake was cancelled.
+
+    httpcore (1.0.9) forgets it then, and the event loop holds it open for as long as the server does.
+    """
+
+    def build_request(self, *arguments: Any, **options: Any) -> httpx.Request:
+        request = super().build_request(*arguments, **options)
+        request.extensions["trace"] = _Closing(request.extensions.get("trace"))
+        return request
+
+
+class _Closing:
+    """Closes the connection that a failed step of a request leaves, as httpcore's "trace" extension.
+
+    Args:
+        also: another such extension.
+    """
+
+    def __init__(self, also: Optional[Callable[[str, Mapping[str, Any]], Awaitable[None]]]) -> None:
+        self._also = also
+        self._stream: Any = None
+
+    async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith(".connect_tcp.complete"):
+            self._stream = info["return_value"]
+        elif event.endswith(".failed") and self._stream is not None:
+            with anyio.CancelScope(shield=True):
+                await self._stream.aclose()
+        if self._also is not None:
+            await self._also(event, info)
 
 
 @lru_cache(maxsize=1)

@@ -74,7 +74,9 @@ def _suspicion(run: Run, prompt: Prompt, failure: Optional[Failure]) -> Optional
             "the answer is discarded",
         )  # fmt: skip
     blank = server.blank and not answer.tokens and (failure is None or failure.error is errors.IncompleteStream)
-    long = prompt.window is None or prompt.tokens > prompt.window // 2 or window_is_a_guess(run.call)
+    # A window that it tells is asked for again, which shows whether it has become too small.
+    tells = run.server.facts.window is not None
+    long = tells or prompt.window is None or prompt.tokens > prompt.window // 2 or window_is_a_guess(run.call)
     if blank and long and prompt.tokens > _SURELY_FITS:
         return _Way.BLANK, _truncated(
             run, prompt, (told or prompt.tokens) // 2,

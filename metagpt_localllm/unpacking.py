@@ -18,6 +18,8 @@ __all__ = ["PIECE", "BodyTooLarge", "CannotUnpack", "UnknownPacking", "Unpacker"
 PIECE = 1 << 16
 #: Pieces of one portion after which other tasks, and deadlines, get their turn.
 _TURN = 16
+#: Words that servers write where they mean that nothing is packed: httpx itself passes over them.
+_NOT_PACKED = frozenset({"", "identity", "none", "utf-8", "utf8", "binary", "chunked", "aws-chunked"})
 #: Bytes of an error's body that are read.
 _ERROR = 1 << 20
 
@@ -46,14 +48,14 @@ class Unpacker:
     """Unpacks one body. Pure.
 
     Args:
-        encoding: its ``content-encoding``; "" or "identity" where it is not packed.
+        encoding: its ``content-encoding``; "", "identity" or a word that is none, such as "utf-8", where it is not packed.
 
     Raises:
         UnknownPacking: neither of these, nor gzip or deflate.
     """
 
     def __init__(self, encoding: str) -> None:
-        names = [name for name in encoding.lower().replace(" ", "").split(",") if name not in ("", "identity")]
+        names = [name for name in encoding.lower().replace(" ", "").split(",") if name not in _NOT_PACKED]
         if len(names) > 1 or not set(names) <= {"gzip", "x-gzip", "deflate"}:
             raise UnknownPacking(f"the answer is packed as {encoding[:40]!r}, which was not asked for")
         self._how = names[0].replace("x-", "") if names else ""

@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 from typing import Optional
 
-__all__ = ["counted", "duration", "fixed", "printable", "rate"]
+__all__ = ["counted", "duration", "fixed", "is_printable", "printable", "rate"]
+
+#: Zero-width non-joiner and joiner: Python calls them not printable, and Persian, Hindi and emoji are misspelt without them.
+_JOINERS = "\u200c\u200d"
 
 #: From a minute on: the two units, seconds in the smaller one, how many of it are a larger one, and of that how many are too many.
 _UNITS = (("min", "s", 1, 60, 60), ("h", "min", 60, 60, 24), ("d", "h", 3600, 24, math.inf))
@@ -19,9 +22,14 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def is_printable(letter: str) -> bool:
+    """Whether this one character is part of a text, and no command to a terminal."""
+    return letter.isprintable() or letter in _JOINERS
+
+
 def printable(text: str) -> str:
     """With a blank for what a terminal would take for a command, or cannot show."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return "".join(letter if is_printable(letter) else " " for letter in text)
 
 
 def fixed(value: float, decimals: int) -> float:

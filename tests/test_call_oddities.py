@@ -286,5 +286,5 @@ async def test_a_check_shows_nothing_of_the_key_that_a_server_sends_back(ask):
     listing = {"data": [{"id": "like sk-secret"}]}
     for about in (b"HTTP/1.1 401 X\r\ncontent-length: 3\r\xd7x: sk-secret\r\n\r\n", listing):
         async with RawServer(WHOLE, about={"/v1/models": about}) as server:
-            said = str(await see(ask(server, api_key="sk-secret").endpoint))
+            said = (await see(ask(server, api_key="sk-secret").endpoint)).sentence("llm")
         assert "sk-secret" not in said and "…" in said

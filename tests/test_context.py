@@ -187,6 +187,17 @@ async def test_a_window_that_is_not_loaded_is_not_believed(simulator, ask, seen,
     assert remedy in window_is_too_large(call) and "2,048" in window_is_too_large(call)
 
 
+@pytest.mark.parametrize("dialect", ["ollama", "lmstudio"])
+async def test_a_model_that_was_loaded_anew_with_a_far_smaller_context_still_answers(simulator, ask, dialect):
+    """LM Studio unloads what idles, and loads it again with its default of 4,096 tokens."""
+    async with simulator(machine=Machine(1e6, 1e6, context=16384), dialect=dialect) as server:
+        await complete(ask(server))
+        server.machine = Machine(1e6, 1e6, context=2048)
+        outcome = await complete(ask(server, history("english", 60)))
+        assert outcome.text == WORDS and outcome.trims
+        assert server.stats.requests <= 4
+
+
 async def test_a_server_that_counts_otherwise_is_believed_the_second_time(ask, seen):
     usage = b'data: {"choices": [], "usage": {"prompt_tokens": 300, "completion_tokens": 3}}\n\n'
     models = {"/v1/models": {"data": [{"id": "m", "owned_by": "library"}]}}  # Ollama behind a proxy

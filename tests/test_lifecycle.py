@@ -185,3 +185,12 @@ def test_a_new_attempt_knows_nothing_of_the_last():
     call.fail(failure(Kind.TRANSIENT), 6)
     call.send(20)
     assert (call.phase, call.tokens, call.ttft, call.deadline) == (Phase.SENT, 0, None, 120)
+
+
+def test_a_turn_that_is_long_in_coming_takes_nothing_of_the_wait_for_the_server():
+    call = life()
+    call.send(0)
+    assert isinstance(call.fail(failure(Kind.NOT_UP), 0), WaitForServer)
+    call.queued(1000)  # the server was up again after ten seconds, and others were first
+    call.send(1010)
+    assert call.fail(failure(Kind.NOT_UP), 1010) == WaitForServer(1060, 2.0)

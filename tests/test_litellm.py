@@ -84,6 +84,7 @@ async def test_the_date_of_its_models_alone_does_not_make_it_litellm():
     ([entry("m", "http://a/v1"), entry("m", "http://b/v1")], 8192, 2),
     ([entry("m", max_input_tokens=4000), entry("m", "http://b/v1", max_input_tokens=6000)], 4000, 2),
     ([entry("m", "http://a/v1"), entry("m", "http://a/v1")], 8192, 1),
+    ([entry("m", ["http://a/v1"]), entry("m", {"http": 1})], 8192, 2),
     # A cloud's model of that name, and a table of what Ollama's models could have: neither is what is loaded.
     ([entry("m", model="openai/gpt-4", max_input_tokens=8192, input_cost_per_token=3e-05)], None, 1),
     ([entry("m", model="ollama_chat/llama3", max_input_tokens=8192, input_cost_per_token=0)], None, 1),
@@ -185,3 +186,12 @@ async def test_check_and_init_know_that_it_wants_a_key(answer):
         assert (await see(endpoint, "auto")).trouble is Trouble.NEEDS_KEY
         found = await look_at(endpoint, 5.0)
     assert found.needs_key and found.kind == "litellm"
+
+
+async def test_a_strict_server_behind_it_does_not_switch_its_retries_on(ask):
+    refused = error(400, "litellm.BadRequestError: OpenAIException - stream_options: Extra inputs are not permitted")
+    async with RawServer(refused, WHOLE, about=about(entry("m"))) as server:
+        assert (await complete(ask(server))).text == "ok"
+    fields = [json.loads(request) for request in server.requests]
+    assert ["stream_options" in sent for sent in fields] == [True, False]
+    assert [sent["num_retries"] for sent in fields] == [0, 0]

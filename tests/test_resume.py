@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from metagpt_localllm.cli import main
 from metagpt_localllm.journal import Journal
 from metagpt_localllm.simulator import Answer, Machine, SimulatorThread
+from metagpt_localllm.simulator.machine import tokenize
 from metagpt_localllm.state import State
 
 #: Asks three questions one after the other, the second one twice, and prints the answers.
@@ -127,6 +128,16 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_answer(home, whole, part):
     assert home.server.stats.decode_tokens <= tokens + 500 * 1.5, (done, tokens)
     (run,) = home.journal.runs()
     assert (run.outcome, run.resumed) == ("done", 1)
+
+
+@pytest.mark.parametrize("home", [100], indirect=True)
+def test_it_goes_on_there_where_the_server_is_still_loading(home):
+    assert home.kill_after(150, questions=["first question"]) == -signal.SIGKILL  # about a second of it is kept
+    before = home.server.stats.decode_tokens
+    home.server._loaded_at = time.monotonic() + 3
+    answers, _, err = home.run(questions=["first question"])
+    assert "goes on" in err and len(answers[0].split()) == 60
+    assert home.server.stats.decode_tokens - before < len(tokenize(answers[0])) - 50
 
 
 @fast

@@ -128,6 +128,13 @@ async def test_slots_that_are_idle_prove_that_the_request_is_lost(ask, fast_time
     assert seconds < 10, "long before the 30 s of the deadline"
 
 
+@pytest.mark.parametrize("slots", [[], [{"id": 0, "state": 0}, {"id": 1, "state": 1}]], ids=["none", "of an old build"])
+async def test_slots_that_do_not_say_whether_they_work_prove_nothing(ask, fast_time, slots):
+    async with RawServer(b"", about={"/props": LLAMA, "/slots": slots, "/health": {}}, hold=True) as server:
+        error, _ = await ended(ask(server, settings={**AUTO, "timeouts": {"first_token": 1.5}}))
+    assert isinstance(error, errors.FirstTokenTimeout)
+
+
 async def test_a_port_that_is_closed_while_the_connection_stands_is_noticed(ask, fast_time):
     async with RawServer(b"", hold=True) as server:
         call = asyncio.create_task(ended(ask(server, settings=AUTO)))

@@ -3,6 +3,7 @@
 import pytest
 
 from metagpt_localllm import events
+from metagpt_localllm.quoting import quoted
 from metagpt_localllm.telling import log_to
 from metagpt_localllm.tiers import Caller
 from metagpt_localllm.wording import counted, duration, printable, rate
@@ -47,3 +48,18 @@ def test_rates_have_three_digits(number, said):
 
 def test_nothing_in_a_name_moves_the_cursor():
     assert printable("写\x1b[2J\n") == "写 [2J "
+
+
+@pytest.mark.parametrize("text", ["你好，世界", "👩‍💻 und ❤️", "می‌شود", "क्‍ष हिन्दी", "שלום", "مرحبا", "cafe\u0301"])
+def test_texts_of_all_languages_stay_as_they_are(text):
+    assert quoted(text) == printable(text) == text
+
+
+def test_of_a_long_text_the_end_is_told_too():
+    said = quoted("Traceback (most recent call last):\n" + '  File "server.py", line 3\n' * 400 + "OutOfMemoryError: CUDA out of memory")
+    assert said.startswith("Traceback (most") and said.endswith("OutOfMemoryError: CUDA out of memory") and len(said) == 300
+
+
+@pytest.mark.parametrize("odd", ["\x1b", "\u202e", "\u2028", "\ud800", "\x9b", "\u200b"])
+def test_what_moves_a_cursor_or_turns_a_text_round_is_no_part_of_a_line(odd):
+    assert odd not in quoted(f"a{odd}b") + printable(f"a{odd}b")

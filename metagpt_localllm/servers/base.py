@@ -335,6 +335,10 @@ class Server:
         """Fields of a chat request beyond OpenAI's that make its work visible."""
         return {"stream_options": {"include_usage": True}}
 
+    def needed(self) -> Mapping[str, Any]:
+        """Those that are its own, and stay where what is behind it refuses all that OpenAI does not have."""
+        return {}
+
     def progress(self, chunk: Mapping[str, Any]) -> Optional[Progress]:
         """How far the prefill is, where this chunk of a stream tells."""
         return None

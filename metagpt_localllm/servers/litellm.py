@@ -66,7 +66,10 @@ class LiteLLM(Server):
 
     def extras(self) -> Mapping[str, Any]:
         """``num_retries`` overrules its configuration, and is not sent on (measured; its default is 2, so 3 requests)."""
-        return {**super().extras(), "num_retries": 0}
+        return {**super().extras(), **self.needed()}
+
+    def needed(self) -> Mapping[str, Any]:
+        return {"num_retries": 0}
 
     async def health(self, ask: Ask) -> Health:
         """Of the proxy alone: it has no free question about what is behind it."""
@@ -135,7 +138,7 @@ def _facts(listed: list[Mapping[str, Any]], deployments: list[Mapping[str, Any]]
 
 def _places(deployments: list[Mapping[str, Any]]) -> Optional[int]:
     """How many servers it has for the model; None where it does not tell."""
-    return len({_part(entry, "litellm_params").get("api_base") for entry in deployments}) or None
+    return len({str(_part(entry, "litellm_params").get("api_base")) for entry in deployments}) or None
 
 
 def _part(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:

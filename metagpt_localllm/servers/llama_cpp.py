@@ -201,8 +201,13 @@ def facts_of(props: Mapping[str, Any], entry: Mapping[str, Any]) -> Facts:
     )
 
 
-def work_of(slots: list[Mapping[str, Any]]) -> Work:
-    """What ``/slots`` tells."""
+def work_of(slots: list[Mapping[str, Any]]) -> Optional[Work]:
+    """What ``/slots`` tells; None where that is not whether they work.
+
+    Builds from before November 2024, and forks of them, have ``state`` instead (#10162), which may be 0 in prefill (#9283).
+    """
+    if not slots or not all("is_processing" in slot for slot in slots):
+        return None
     busy = [slot for slot in slots if slot.get("is_processing")]
     # The counts are in builds from b9276 on; next_token is an object in some builds and a list in others.
     marker = tuple(
