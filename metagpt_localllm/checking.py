@@ -21,7 +21,7 @@ from metagpt_localllm.policies import named
 from metagpt_localllm.quoting import quoted
 from metagpt_localllm.servers import UNKNOWN, Ask, Loading, Server, identify
 from metagpt_localllm.servers.base import Unanswered, entries
-from metagpt_localllm.settings import LocalSettings, refuse_misplaced
+from metagpt_localllm.settings import LocalSettings, refuse_misplaced, shown_key
 from metagpt_localllm.transport import Endpoint, is_address
 
 __all__ = [
@@ -71,7 +71,7 @@ def config_problems(loaded: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         for problem in error.errors():
             message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{_short('.'.join(map(str, problem['loc'])))}: {message}")
+            problems.append(f"{_short('.'.join(map(shown_key, problem['loc'])))}: {message}")
     for where, block in llm_blocks(loaded):
         problems.extend(f"{_short(where)}.{problem}" for problem in _block_problems(block))
     if not problems and not our_blocks(loaded):

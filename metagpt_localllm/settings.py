@@ -48,6 +48,7 @@ __all__ = [
     "format_duration",
     "parse_duration",
     "refuse_misplaced",
+    "shown_key",
 ]
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -166,10 +167,14 @@ FilePath = Annotated[StrictStr, Field(max_length=4000), AfterValidator(_file)]
 Globs = Annotated[List[Annotated[Name, AfterValidator(_glob)]], BeforeValidator(_names), Field(min_length=1)]
 
 
-def _name(key: object) -> str:
-    """A key as it is shown: YAML takes any value for one, of any length, over several lines."""
+def shown_key(key: object) -> str:
+    """A key as it may be shown: YAML takes any value for one, of any length, over several lines.
+
+    What follows a colon in it is left out: it may be a value whose blank is missing, as in ``{api_key:sk-…}``.
+    """
     text = quoted(key) if isinstance(key, str) else _shown(key)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    text, colon, _ = text.partition(":")
+    return f"{text[:_LONGEST]}{colon}…" if colon or len(text) > _LONGEST else text
 
 
 def _complain(title: str, location: Tuple[Union[int, str], ...], message: str, value: object) -> ValidationError:
@@ -196,7 +201,7 @@ class _Section(BaseModel):
         if isinstance(value, dict):
             for key in value:
                 if key not in cls.model_fields:
-                    name = _name(key)
+                    name = shown_key(key)
                     raise _complain(cls.__name__, (name,), _unknown(name, cls), value[key])
         return value
 
@@ -214,9 +219,9 @@ def refuse_misplaced(llm: Dict[str, Any], known: List[str]) -> None:
     for written in llm:
         if written in known:
             continue
-        key = _name(written)
+        key = shown_key(written)
         homes = [path for path in _paths() if path.rsplit(".", 1)[-1] == key]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key.partition(":")[0], known, n=1, cutoff=0.8)
         if homes or near:
             hint = f"it belongs to 'llm.{homes[0]}'" if homes else f"did you mean '{near[0]}'?"
             # Without its value: it may be a key that is misspelt, api_kye.

@@ -57,6 +57,7 @@ LLM = "llm: {api_type: local_llm, base_url: 'http://127.0.0.1:9/v1', model: m%s}
         (LLM % ", local: {timeouts: {first_tokn: 1}}", "llm.local.timeouts.first_tokn: there is no setting"),
         (LLM % "" + "\nlocal: {}", "it belongs under llm"),
         (LLM % ", local: {context: {policy: 'nowhere:f'}}", "llm.local.context.policy: the module of the policy"),
+        (LLM % ", api_key:sk-secret-of-mine", "llm.api_key:…: there is no setting 'api_key:…' here; did you mean 'api_key'?"),
         (LLM % ", first_token: 3", "it belongs to 'llm.local.timeouts.first_token'"),
         (LLM % "", "no server there"),
         (LLM % "" + "\nmodels: [a]", "models: Input should be a valid dictionary"),
