@@ -170,7 +170,7 @@ async def see(endpoint: Endpoint, named: str = "auto", limit: float = _LIMIT) ->
         reason = "odd characters in llm.api_key or the address" if odd else quoted(str(error), endpoint.api_key) or type(error).__name__
         return Seen(endpoint, trouble=Trouble.NO_MODEL_SERVER if ask.connected else Trouble.NO_SERVER, reason=reason)
     server = (await identify(endpoint, named)).server
-    if listing is None and server.locked:
+    if listing is None and server.locked and ask.code != 404:
         return Seen(endpoint, server, trouble=Trouble.NEEDS_KEY, reason="without a list of models")
     # Some kinds are known by what they answer beside the API: that does not show that the API is at this address.
     if listing is None and server.lists and named != Server.name:

@@ -152,7 +152,8 @@ def _key_in(keys: Any, step: Union[str, int]) -> Any:
 
 
 def _words(value: Any) -> str:
-    return "a list" if isinstance(value, list) else f"the text '{value}'" if isinstance(value, str) else repr(value)
+    """What it is, and not the value: that may be a key that stands in a wrong place."""
+    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else f"of the type {type(value).__name__}"
 
 
 # ------------------------------------------------------------------------------------------------ the text

@@ -80,3 +80,10 @@ def test_each_readme_leads_to_the_other_at_its_top(name, other):
 def test_places_in_the_same_file_are_there(name):
     there = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", prose(name), re.MULTILINE)}
     assert set(re.findall(r"\]\(#([^)]+)\)", prose(name))) <= there
+
+
+@pytest.mark.parametrize("name", [ENGLISH, CHINESE])
+def test_what_was_measured_is_what_the_benchmark_wrote(name):
+    results = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in prose(name).splitlines() if re.match(r"\| [\w ]+ \| (\d+ of \d+|\d\.\d\d / \d\.\d\d) \|", line)]
+    assert len(shown) > 20 and [line for line in shown if line not in results] == []

@@ -180,6 +180,7 @@ class Ask:
         connected: whether any connection stood.
         software: the ``server`` header of the latest answer, or "".
         refused: whether any answer was a 401 with a JSON object, as model servers ask for their key.
+        code: HTTP status of the latest answer; 0 where there was none.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -187,6 +188,7 @@ class Ask:
         self.connected = False
         self.software = ""
         self.refused = False
+        self.code = 0
         self._models: Optional[Mapping[str, Any]] = None
         self._listed = False
 
@@ -227,7 +229,8 @@ class Ask:
             "GET" if body is None else "POST", url, content=content, headers=endpoint.headers,
             extensions={"trace": self._trace},
         ) as response:  # fmt: skip
-            self.software, status = response.headers.get("server", ""), response.status_code
+            self.software, self.code = response.headers.get("server", ""), response.status_code
+            status = self.code
             if status == 503:
                 raise Loading("503")
             try:
