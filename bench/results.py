@@ -83,4 +83,5 @@ class Part:
 
 def goals(parts: Sequence[Part]) -> Table:
     """All goals of all parts."""
-    return Table("Goals", ["what", "goal", "measured", ""], [goal.row() for part in parts for goal in part.goals])
+    rows = [[part.title, *goal.row()] for part in parts for goal in part.goals]
+    return Table("Goals", ["benchmark", "what", "goal", "measured", ""], rows)

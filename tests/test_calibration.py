@@ -72,7 +72,7 @@ def _files(*paths):
 
 
 SOURCES = {
-    "prose": lambda _: _files(HERE / "README.md", *sorted(HERE.glob("docs/*.md"))),
+    "prose": lambda _: _files(*sorted(HERE.glob("docs/*.md"))),
     "code": lambda _: _files(*sorted((HERE / "metagpt_localllm").rglob("*.py"))),
     "log": _logs,
     "JSON": _json,

@@ -12,7 +12,7 @@ from metagpt_localllm.tokens import IMAGE_TOKENS, MESSAGE_TOKENS, estimate_messa
 SAMPLES = {
     "prose": "The quick brown fox jumps over the lazy dog, and nobody, not even the rain, has such small hands. " * 20,
     "code": Path(__file__).read_text(),
-    "markdown": (Path(__file__).parent.parent / "README.md").read_text(),
+    "markdown": (Path(__file__).parent.parent / "docs" / "resume.md").read_text(),
     "Chinese": "大型语言模型在个人电脑上运行缓慢，因此需要明确的超时与重试。" * 20,
     "Japanese": "大規模言語モデルはデスクトップでは遅いので、待ち時間が必要です。" * 20,
     "Russian": "Большая языковая модель на домашнем компьютере работает медленно. " * 20,
