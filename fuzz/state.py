@@ -91,7 +91,7 @@ def _rows(path: Path, data: bytes) -> None:
             except (ValueError, TypeError, RecursionError):
                 continue
             values = [json.dumps(value).encode() if isinstance(value, (dict, list)) else value for value in values]
-            with contextlib.suppress(sqlite3.Error, OverflowError, ValueError, TypeError, UnicodeError):
+            with contextlib.suppress(sqlite3.Error, OverflowError, ValueError, TypeError, LookupError):
                 if table == "calls":
                     run, number, digest, outcome, superseded, tokens, about, answer = values
                     crc = _crc(run, number, digest, outcome, about, answer)
