@@ -105,7 +105,7 @@ async def _until_whole(run: Run) -> Outcome:
             prompt = await prepare(run)
         async with _turn(run):
             if run.server.shares:  # while this call waited, another model may have taken the place of its own
-                run.server = (await servers.identify(run.call.endpoint, run.call.settings.server)).server
+                await run.identify()
                 await _load(run)
             prompt = prompt or await prepare(run)
             if beginning is not None and run.server is not servers.UNKNOWN:  # of one that is not up yet nothing can be proved
@@ -232,12 +232,10 @@ def _not_continued(run: Run, failure: Optional[Failure]) -> Failure:
 
 async def _identify(run: Run) -> Identified:
     """Finds out what the server is, and lets it load its model where a request that gave up would abort the load."""
-    call = run.call
-    identified = await servers.identify(call.endpoint, call.settings.server)
-    run.server = identified.server
+    identified = await run.identify()
     if run.server.facts.loaded is False and not run.server.shares:
         async with _turn(run):  # one call loads it for all that begin together
-            run.server = (await servers.identify(call.endpoint, call.settings.server)).server
+            await run.identify()
             await _load(run)
     return identified
 
@@ -249,7 +247,7 @@ async def _load(run: Run) -> None:
         limit = run.deadlines.total
         run.tell_wait(f"the model {call.endpoint.model} is being loaded", limit, loading=True)
         await servers.load(run.server, call.endpoint, limit)
-        run.server = (await servers.identify(call.endpoint, call.settings.server)).server
+        await run.identify()
 
 
 @contextlib.asynccontextmanager

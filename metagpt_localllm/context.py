@@ -103,7 +103,7 @@ async def _has_grown(run: Run, window: int) -> bool:
         return False
     taught.asked = anyio.current_time()
     servers.forget(endpoint)
-    run.server = (await servers.identify(endpoint, run.call.settings.server)).server
+    await run.identify()
     if (run.server.facts.window or 0) <= taught.window:
         return False
     taught.window = None

@@ -208,7 +208,7 @@ class Journal:
             rows = database.execute(
                 f"SELECT run, number, digest, outcome, superseded, about FROM calls {asked} ORDER BY run, number", values
             ).fetchall()
-            found = self._whole(rows, lambda row: (str(row[0]), _about(row[1:])))
+            found = self._whole(rows, lambda row: (str(row[0]), _sound(_about(row[1:]))))
             return [one for one in found if one[1].started >= since]
 
         return self._state.read(query, [])
@@ -498,7 +498,7 @@ def _sound(record: Row) -> Row:
 def _about(row: Sequence[Any]) -> CallRecord:
     number, digest, outcome, superseded, about = row
     more = {name: value for name, value in _load(about).items() if name in _OF_CALL}
-    return _sound(CallRecord(number=number, digest=digest, outcome=outcome, superseded=bool(superseded), **more))
+    return CallRecord(number=number, digest=digest, outcome=outcome, superseded=bool(superseded), **more)
 
 
 def _put_run(database: sqlite3.Connection, run: RunRecord) -> None:

@@ -23,7 +23,7 @@ from metagpt_localllm.history import history_of
 from metagpt_localllm.lifecycle import CallLife
 from metagpt_localllm.messages import Message
 from metagpt_localllm.record import Record
-from metagpt_localllm.servers import Server
+from metagpt_localllm.servers import Identified, Server
 from metagpt_localllm.servers.base import Timings
 from metagpt_localllm.session import session_for
 from metagpt_localllm.settings import Backoff, LocalSettings
@@ -144,6 +144,12 @@ class Run:
         self.alone = False  # until the server has run out of the context that its slots share
         self.death: Optional[Failure] = None  # the proof that the server has lost this request
         self.scope = anyio.CancelScope(deadline=self.life.call_end)
+
+    async def identify(self) -> Identified:
+        """Finds out what the server is, unless that is known."""
+        identified = await servers.identify(self.call.endpoint, self.call.settings.server)
+        self.server = identified.server
+        return identified
 
     def plan(self, prompt: Prompt) -> Deadlines:
         """The deadlines of the next attempt, by what has been learned until now."""

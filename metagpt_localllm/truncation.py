@@ -39,7 +39,7 @@ async def unmask(run: Run, prompt: Prompt, failure: Optional[Failure]) -> Option
     endpoint, taught = run.call.endpoint, servers.learned(run.call.endpoint)
     if run.server.facts.window is not None:  # it may have loaded the model anew since it was asked
         servers.forget(endpoint)
-        run.server = (await servers.identify(endpoint, run.call.settings.server)).server
+        await run.identify()
     loaded = run.server.facts.window
     if loaded is not None and loaded >= (prompt.window or prompt.tokens):
         taught.counts_all = taught.counts_all and failure is not None
